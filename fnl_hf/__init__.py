@@ -1,0 +1,23 @@
+"""Factorized neural layers for Hugging Face Transformers: spectral initialisation, Frobenius decay, back to dense."""
+
+from .config import FNLConfig
+from .decay import frobenius_decay_
+from .factorization import Factorization, HeadProduct, factorizations
+from .patching import Summary, factorize, summary, to_dense
+from .trainer import FNLSeq2SeqTrainer, FNLSeq2SeqTrainingArguments, FNLTrainer, FNLTrainingArguments
+
+__all__ = [
+    "FNLConfig",
+    "FNLSeq2SeqTrainer",
+    "FNLSeq2SeqTrainingArguments",
+    "FNLTrainer",
+    "FNLTrainingArguments",
+    "Factorization",
+    "HeadProduct",
+    "Summary",
+    "factorizations",
+    "factorize",
+    "frobenius_decay_",
+    "summary",
+    "to_dense",
+]

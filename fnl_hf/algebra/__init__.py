@@ -1,0 +1,12 @@
+"""Forms: how a matrix that a model uses but never stores follows from its factors.
+
+A form is a module of pure functions of tensors with these names:
+
+    product, squared_norm, decay_gradients, singular_values, nuclear_bound, non_orthogonality, balance
+
+A new form (Tucker, tensor train) is one more module here; nothing above this floor asks which form it holds.
+"""
+
+from . import chain
+
+__all__ = ["chain"]

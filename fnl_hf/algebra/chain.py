@@ -1,0 +1,214 @@
+"""Chains: W = A_1 A_2 ⋯ A_n, batched over heads.
+
+A chain is a sequence of tensors, factor i of shape (*batch_i, r_{i-1}, r_i). Batch shapes broadcast: in grouped-query
+attention the g query heads of a group share one key, so Q is (G, g, d, h) and K is (G, 1, h, d), and whatever
+belongs to the shared factor sums over its group, exactly as autograd sums over a broadcast dimension.
+
+Nothing here ever forms W (``product`` apart): norms and gradients go through the r x r Gram matrices, which cost
+O((m + n) r²) instead of O(m n r). Grams are accumulated in float32 or better whatever the factors' dtype.
+
+Sources: Khodak et al., ICLR 2021 (METHODS 1.1-1.3, 1.13, 1.14).
+"""
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """The matrix itself, (*batch, m, n). For looking at, never on the way of a training step."""
+    return reduce(torch.matmul, factors)
+
+
+def squared_norm(factors: Sequence[Tensor]) -> Tensor:
+    """Σ ‖A_1 ⋯ A_n‖²_F over the batch, a scalar (differentiable), from Grams: ⟨P, A_n A_nᵀ⟩ (METHODS 1.2)."""
+    *first, last = map(_accumulating, factors)
+    left = _left_grams([*first, last])[-1]
+    right = last @ last.mT
+    if left is None:  # a chain of one factor
+        return right.diagonal(dim1=-2, dim2=-1).sum()
+    return (_sum_to(left, right) * right).sum()
+
+
+def decay_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of ½ Σ ‖A_1 ⋯ A_n‖²_F, one per factor and of its shape.
+
+    One rule for every length: ∂A_i = P_i A_i S_i with the left Gram P_i = (A_1⋯A_{i-1})ᵀ(A_1⋯A_{i-1}) and the right
+    Gram S_i = (A_{i+1}⋯A_n)(A_{i+1}⋯A_n)ᵀ, each built from its neighbour in one small product.
+    """
+    working = [_accumulating(factor) for factor in factors]
+    gradients = []
+    for factor, working_factor, left, right in zip(
+        factors, working, _left_grams(working), _right_grams(working), strict=True
+    ):
+        gradient = working_factor
+        if left is not None:
+            # Summing a shared factor's Gram first is what keeps grouped heads as cheap as plain ones.
+            gradient = (_sum_to(left, factor) if right is None else left) @ gradient
+        if right is not None:
+            gradient = gradient @ (_sum_to(right, factor) if left is None else right)
+        gradients.append(gradient.sum_to_size(factor.shape).to(factor.dtype))
+    return gradients
+
+
+def singular_values(factors: Sequence[Tensor]) -> Tensor:
+    """Singular values of the product, (*batch, k) in descending order, from the r x r core of two QRs."""
+    left, right = _two(factors)
+    core, _, _ = _core(left, right)
+    return torch.linalg.svdvals(core)
+
+
+def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
+    """Σ ‖A_1 ⋯ A_n‖_* over the batch, a scalar."""
+    return singular_values(factors).sum()
+
+
+def nuclear_bound(factors: Sequence[Tensor]) -> Tensor:
+    """½ (‖A_1‖² + ‖A_n‖²), a scalar: what weight decay on two factors bounds the nuclear norm by (Srebro & Shraibman).
+
+    Tight exactly where the factors are balanced. Only chains of two factors have this bound.
+    """
+    if len(factors) != 2:
+        raise ValueError(f"the nuclear bound is defined for two factors, got a chain of {len(factors)}")
+    return sum(_accumulating(factor).square().sum() for factor in factors) / 2
+
+
+def non_orthogonality(factors: Sequence[Tensor]) -> Tensor:
+    """‖G − diag G‖_F / ‖G‖_F for G = A_1ᵀA_1 and G = A_nA_nᵀ, (2, *batch): zero for spectral factors."""
+    left, right = _two(factors)
+    grams = torch.stack([left.mT @ left, right @ right.mT])
+    off_diagonal = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
+    return torch.linalg.matrix_norm(off_diagonal) / torch.linalg.matrix_norm(grams)
+
+
+def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Balanced factors (*batch, m, rank), (*batch, rank, n) of the best rank-``rank`` approximation of a dense matrix.
+
+    W = A Σ Bᵀ gives A_r Σ_r^½ and Σ_r^½ B_rᵀ (spectral initialisation). ``rank`` may exceed min(m, n): the surplus
+    columns are zero in one factor only, or they could never learn (METHODS 1.11 O2).
+    """
+    left, sigma, right = torch.linalg.svd(_accumulating(matrix), full_matrices=False)
+    return _split_spectrum(left, sigma, right, rank, scale=None, dtype=matrix.dtype)
+
+
+def balance(factors: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """Balanced factors of the product of two factors, truncated to the best rank ``rank`` where that is smaller.
+
+    Args:
+        factors: ``(A, B)`` of shapes (*batch, m, r) and (*batch, r, n).
+        rank: at most r; r if not given, and then the product does not change.
+
+    Returns:
+        ``(A', B')`` of shapes (*batch, m, rank), (*batch, rank, n) with A'ᵀA' = B'B'ᵀ = Σ, the leading singular values.
+
+    The m x n product is never formed. With Grams AᵀA = L_a L_aᵀ and BBᵀ = L_b L_bᵀ the small matrix L_aᵀ L_b = P Σ Qᵀ
+    holds the product's spectrum, and A' = A L_a^{-T} P Σ^½, B' = Σ^½ Qᵀ L_b^{-1} B (METHODS 1.14). Where the factors
+    are too ill-conditioned for that, two QRs and the SVD of R_a R_bᵀ do the same (METHODS 1.1).
+    """
+    dtype = factors[0].dtype
+    left, right = map(_accumulating, factors)
+    rank = left.shape[-1] if rank is None else rank
+    if not 1 <= rank <= left.shape[-1]:
+        raise ValueError(f"rank {rank} is outside 1..{left.shape[-1]}, the width of the factors")
+    gauges = _gauges_from_grams(left, right, rank)
+    if gauges is not None:
+        left_gauge, right_gauge = gauges
+        return (left @ left_gauge).to(dtype), (right_gauge @ right).to(dtype)
+    core, left_basis, right_basis = _core(left.double(), right.double())
+    p, sigma, qt = torch.linalg.svd(core, full_matrices=False)
+    # A direction that the product lacks stays alive in the right factor, at that factor's typical size.
+    scale = right_basis.new_tensor(1.0).expand(sigma.shape[:-1])
+    for size in (torch.linalg.matrix_norm(left.double()), torch.linalg.matrix_norm(right.double())):
+        scale = torch.where(size > 0, size / left.shape[-1] ** 0.5, scale)
+    return _split_spectrum(left_basis @ p, sigma, qt @ right_basis, rank, scale, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _accumulating(tensor: Tensor) -> Tensor:
+    """float32 or better: half-precision Grams are wrong in the third digit (METHODS 1.9)."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _sum_to(gram: Tensor, like: Tensor) -> Tensor:
+    """Sum a Gram over the batch dimensions along which ``like`` is shared."""
+    shape = (*like.shape[:-2], *gram.shape[-2:])
+    return gram if gram.shape == shape or gram.dim() < len(shape) else gram.sum_to_size(shape)
+
+
+def _left_grams(factors: Sequence[Tensor]) -> list[Tensor | None]:
+    """P_1 … P_n; P_1 is the identity, given as None. P_{i+1} = A_iᵀ P_i A_i."""
+    grams: list[Tensor | None] = [None]
+    for factor in factors[:-1]:
+        grams.append(factor.mT @ (factor if grams[-1] is None else grams[-1] @ factor))
+    return grams
+
+
+def _right_grams(factors: Sequence[Tensor]) -> list[Tensor | None]:
+    """S_1 … S_n; S_n is the identity, given as None. S_{i-1} = A_i S_i A_iᵀ."""
+    return _left_grams([factor.mT for factor in reversed(factors)])[::-1]
+
+
+def _two(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Any chain as two factors (*batch, m, r), (*batch, r, n); a shared group is stacked, so that batches agree."""
+    *first, last = map(_accumulating, factors)
+    left = product(first)
+    return stack_groups(left, last)
+
+
+def stack_groups(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(…, G, g, m, r) and (…, G, 1, r, n) as (…, G, g·m, r) and (…, G, r, n): one matrix per group (METHODS 1.13)."""
+    if left.shape[:-2] == right.shape[:-2]:
+        return left, right
+    return left.flatten(-3, -2), right.squeeze(-3)
+
+
+def _core(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """left @ right = Q_l (R_l R_rᵀ) Q_rᵀ: the small core, Q_l and Q_rᵀ."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    return r_left @ r_right.mT, q_left, q_right.mT
+
+
+def _gauges_from_grams(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """The r x rank and rank x r changes of basis that balance a product, or None where Grams lose too many digits."""
+    double = left.double(), right.double()
+    grams = double[0].mT @ double[0], double[1] @ double[1].mT
+    (chol_left, chol_right), infos = zip(*(torch.linalg.cholesky_ex(gram) for gram in grams), strict=True)
+    if any(info.any() for info in infos):
+        return None
+    identity = torch.eye(left.shape[-1], dtype=torch.float64, device=left.device).expand_as(chol_left)
+    inverses = [torch.linalg.solve_triangular(chol, identity, upper=False) for chol in (chol_left, chol_right)]
+    # ‖L‖‖L⁻¹‖ is r for orthogonal columns. The gauges are applied in the factors' own precision, where an error of
+    # that size times the rounding unit appears: ten times r is invisible, more goes through QR in float64.
+    for chol, inverse in zip((chol_left, chol_right), inverses, strict=True):
+        condition = torch.linalg.matrix_norm(chol) * torch.linalg.matrix_norm(inverse)
+        if not bool((condition <= 10 * left.shape[-1]).all()):
+            return None
+    p, sigma, qt = torch.linalg.svd(chol_left.mT @ chol_right)
+    root = sigma[..., :rank].sqrt()
+    left_gauge = inverses[0].mT @ (p[..., :rank] * root[..., None, :])  # (*batch, r, rank)
+    right_gauge = (root[..., :, None] * qt[..., :rank, :]) @ inverses[1]  # (*batch, rank, r)
+    return left_gauge.to(left.dtype), right_gauge.to(right.dtype)
+
+
+def _split_spectrum(left: Tensor, sigma: Tensor, right: Tensor, rank: int, scale: Tensor | None, dtype: torch.dtype):
+    """A_r Σ_r^½ and Σ_r^½ B_rᵀ; where σ = 0, only the left is zero: with both, the direction could never learn."""
+    missing = rank - sigma.shape[-1]
+    if missing > 0:  # a rank above min(m, n): continue both bases by unit vectors, with singular value zero
+        sigma = torch.nn.functional.pad(sigma, (0, missing))
+        left = torch.nn.functional.pad(left, (0, missing))
+        cycle = torch.arange(missing, device=right.device) % right.shape[-1]
+        surplus = torch.nn.functional.one_hot(cycle, right.shape[-1]).to(right)
+        right = torch.cat([right, surplus.expand(*right.shape[:-2], *surplus.shape)], dim=-2)
+    left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
+    root = sigma.sqrt()
+    if scale is None:
+        scale = root.square().mean(-1).sqrt()
+    alive = sigma > sigma[..., :1] * sigma.shape[-1] * torch.finfo(dtype).eps
+    left_root = torch.where(alive, root, 0.0)
+    right_root = torch.where(alive, root, scale[..., None])
+    return (left * left_root[..., None, :]).to(dtype), (right_root[..., :, None] * right).to(dtype)

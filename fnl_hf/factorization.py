@@ -1,0 +1,196 @@
+"""A factorization: views of live parameters × a form of the algebra.
+
+Modules *declare* factorizations (``HeadProduct`` here, low-rank layers above); ``factorizations(model)`` asks them.
+A declaration holds names, never parameters or sibling modules, so that ``.to()``, ``deepcopy``, loading, resizing,
+PEFT and FSDP may replace parameters at will; what is handed out is resolved afresh at every call.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from .algebra import chain
+
+
+@dataclass(frozen=True)
+class HeadSlice:
+    """Which entries of a weight are the heads of one projection, and how to read them as a batch of matrices.
+
+    The split features (``axis``: "out" rows of q, k, v; "in" columns of o) are ``repeats`` equal periods; inside each,
+    ``prod(heads)`` heads of ``width`` features start at ``offset``. That covers a plain projection (one period, offset
+    0), fused blocks [q, k, v] (one period, three offsets), heads interleaved in a fused weight (one period per head)
+    and grouped heads (``heads = (groups, heads per group)``, ``(groups, 1)`` for the shared side).
+
+    Attributes:
+        weight, bias: parameter names below the declaring module, such as "self.query.weight".
+        transposed: True for a Conv1D weight, which is stored (in, out).
+    """
+
+    weight: str
+    bias: str | None
+    axis: str
+    heads: tuple[int, ...]
+    width: int
+    repeats: int = 1
+    offset: int = 0
+    transposed: bool = False
+
+    def read(self, weight: Tensor) -> Tensor:
+        """A tensor shaped like the weight as (*batch, width, in) for axis "out", (*batch, out, width) for "in"."""
+        matrix = weight.mT if self.transposed else weight.flatten(1)  # (out, in); flatten: a 1x1 convolution
+        if self.axis == "in":
+            return self._split(matrix, -1).movedim(0, -2)
+        return self._split(matrix, 0)
+
+    def read_bias(self, bias: Tensor) -> Tensor:
+        """A tensor shaped like the bias, (out,), as (*batch, width)."""
+        return self._split(bias, 0)
+
+    def _split(self, tensor: Tensor, dim: int) -> Tensor:
+        periods = tensor.unflatten(dim, (self.repeats, -1))
+        dim = dim if dim < 0 else dim + 1
+        heads = periods.narrow(dim, self.offset, prod(self.heads) * self.width).unflatten(
+            dim, (*self.heads, self.width)
+        )
+        repeats_dim = heads.dim() - 2 - len(self.heads) if dim < 0 else 0
+        # A lone period is no batch dimension of its own, unless it is the only one.
+        return heads.squeeze(repeats_dim) if self.repeats == 1 and self.heads else heads
+
+    @property
+    def size(self) -> int:
+        """How many heads it reads."""
+        return self.repeats * prod(self.heads)
+
+
+@dataclass(frozen=True)
+class View:
+    """One factor, read out of a live parameter: ``read`` is linear, strided, and serves data and gradient alike."""
+
+    parameter: nn.Parameter
+    read: Callable[[Tensor], Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.read(self.parameter)
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """A matrix (or a batch of them) that a model uses but does not store. An ephemeral view: do not keep it.
+
+    Attributes:
+        name: dotted name of the declaring module in the model, e.g. "bert.encoder.layer.0.attention.self.qk".
+        kind: "qk", "ov", …
+        form: the module of ``fnl_hf.algebra`` that knows norm, decay gradient and balance of such factors.
+        views: the factors, in the order of the product.
+        biases: per factor, the bias that rides along as one more column of the product's outer side, or None.
+    """
+
+    name: str
+    kind: str
+    form: ModuleType
+    views: tuple[View, ...]
+    biases: tuple[View | None, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """The factors as strided views of the parameters, (*batch, r_{i-1}, r_i), batches broadcastable."""
+        return [view() for view in self.views]
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """The factors (B, m, r), …, (B, r, n), whose matmul is ``matrix()``; live wherever strides allow."""
+        first, *rest = self.tensors()
+        stacked = [chain.stack_groups(first, rest[-1])[0], *(chain.stack_groups(first, factor)[1] for factor in rest)]
+        return tuple(factor.reshape(-1, *factor.shape[-2:]) for factor in stacked)
+
+    def matrix(self) -> Tensor:
+        """The product, (B, m, n). For inspection: nothing in training forms it."""
+        return self.form.product(self.factors())
+
+    def squared_norm(self) -> Tensor:
+        """Σ over B of the squared Frobenius norm, a scalar, from Grams; differentiable."""
+        return self.form.squared_norm(self.tensors())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters it covers, each once, biases not among them."""
+        return list({id(view.parameter): view.parameter for view in self.views}.values())
+
+    @torch.no_grad()
+    def decay_gradients(self) -> list[tuple[View, Tensor]]:
+        """(view, gradient of ½ squared_norm in the view's shape), one per factor that trains."""
+        gradients = self.form.decay_gradients(self.tensors())
+        return [(view, g) for view, g in zip(self.views, gradients, strict=True) if view.parameter.requires_grad]
+
+
+class HeadProduct(nn.Module):
+    """Declares that two projections of an attention module form a product per head. No parameters, no forward.
+
+    It sits on the common ancestor of both projections under the name of its kind ("qk", "ov"), so ``print(model)``
+    shows it and ``state_dict`` does not.
+    """
+
+    def __init__(self, kind: str, left: HeadSlice, right: HeadSlice, head_dim: int):
+        super().__init__()
+        self.kind, self.left, self.right, self.head_dim = kind, left, right, head_dim
+
+    def factorization(self, name: str, parent: nn.Module) -> Factorization:
+        """The product as it stands now in ``parent``, the module that holds this declaration."""
+        # Q_hᵀ K_h reads Q's rows transposed; O_h V_h reads O's columns as they are.
+        left_read = (lambda w: self.left.read(w).mT) if self.left.axis == "out" else self.left.read
+        views = (
+            View(_parameter(parent, self.left.weight, name), left_read),
+            View(_parameter(parent, self.right.weight, name), self.right.read),
+        )
+        biases = tuple(
+            View(_parameter(parent, side.bias, name), side.read_bias) if side.bias and side.axis == "out" else None
+            for side in (self.left, self.right)
+        )
+        return Factorization(name, self.kind, chain, views, biases)
+
+    def extra_repr(self) -> str:
+        heads = f"{self.left.size} heads"
+        if self.right.size != self.left.size:
+            heads += f" in {self.right.size} groups"
+        rank = "" if self.left.width == self.head_dim else f" of {self.head_dim}"
+        return f"{self.left.weight} x {self.right.weight}, {heads}, rank {self.left.width}{rank}"
+
+
+def factorizations(model: nn.Module) -> list[Factorization]:
+    """Every factorization of a model, in module order; products that share all their parameters are one.
+
+    Returns:
+        Ephemeral views of the model as it is now: call again after anything replaced parameters.
+    """
+    return list(_unique(_declared(model)))
+
+
+def _declared(model: nn.Module) -> Iterator[Factorization]:
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            if isinstance(child, HeadProduct):
+                yield child.factorization(f"{name}.{child_name}" if name else child_name, module)
+
+
+def _unique(products: Iterator[Factorization]) -> Iterator[Factorization]:
+    """Tied weights are one factorization, decayed once."""
+    seen = set()
+    for product in products:
+        key = (product.kind, *((id(view.parameter), view().storage_offset()) for view in product.views))
+        if key not in seen:
+            seen.add(key)
+            yield product
+
+
+def _parameter(parent: nn.Module, path: str, name: str) -> nn.Parameter:
+    """The parameter at a dotted path, seen through PEFT's wrapping of a layer (``base_layer``)."""
+    *steps, attribute = path.split(".")
+    module = parent
+    for step in steps:
+        module = getattr(module, step)
+        module = getattr(module, "base_layer", module)
+    parameter = getattr(module, attribute)
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{name}: {path} is a {type(parameter).__name__}, expected a parameter")
+    return parameter

@@ -1,0 +1,177 @@
+"""`Trainer` and `Seq2SeqTrainer` with Frobenius decay, exact under gradient accumulation."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+from .decay import add_decay_gradients, check_coefficient, decay_step, decayed
+from .factorization import factorizations
+from .messages import say
+
+_MODES = ("auto", "coupled", "decoupled")
+
+
+@dataclass
+class _FNLArguments:
+    frobenius_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the Frobenius decay of every factorization. Not given: that of weight_decay, the "
+            "paper's rule. 0: none; the factors then take weight decay as all other weights do."
+        },
+    )
+    frobenius_decay_kinds: list[str] | None = field(
+        default=None,
+        metadata={"help": "Kinds that decay, such as `ov`; `qk` includes its rotary form. Not given: all."},
+    )
+    frobenius_decay_mode: str = field(
+        default="auto",
+        metadata={
+            "help": "coupled: the gradient of the decay joins the loss's, before clipping. decoupled: factors shrink "
+            "beside the optimizer's step, by learning rate x coefficient x gradient. auto: coupled for SGD, else "
+            "decoupled.",
+            "choices": _MODES,
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.frobenius_decay is not None:
+            check_coefficient(self.frobenius_decay, "frobenius_decay")
+        if self.frobenius_decay_mode not in _MODES:
+            raise ValueError(f"frobenius_decay_mode is {self.frobenius_decay_mode!r}, expected one of {_MODES}")
+
+
+@dataclass
+class FNLTrainingArguments(_FNLArguments, TrainingArguments):
+    """`TrainingArguments` with those of Frobenius decay."""
+
+
+@dataclass
+class FNLSeq2SeqTrainingArguments(_FNLArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with those of Frobenius decay."""
+
+
+class FNLTrainerMixin:
+    """Adds Frobenius decay to a `Trainer`, and makes a step's loss the mean over all its labels.
+
+    What is decayed is decided by the identity of parameters: those of a factorization under Frobenius decay get no
+    weight decay, all others keep theirs.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Many models accept **kwargs but ignore num_items_in_batch and return a mean, and the stock Trainer then takes
+        # the sum over micro-batches for their mean: N times the gradient, against an unchanged decay. So models are
+        # always asked for their mean, and compute_loss weights it by the number of labels behind it.
+        self._weights_loss = self.compute_loss_func is None and self.args.n_gpu <= 1
+        if self._weights_loss:
+            self.model_accepts_loss_kwargs = False
+        self._decay_hook = None
+
+    # -- decay ------------------------------------------------------------------------------------------
+
+    @property
+    def frobenius_coefficient(self) -> float:
+        """λ of the Frobenius decay: ``frobenius_decay``, or ``weight_decay`` where that is not given."""
+        return self.args.weight_decay if self.args.frobenius_decay is None else self.args.frobenius_decay
+
+    def _decayed_products(self):
+        return decayed(self.model, self.args.frobenius_decay_kinds) if self.frobenius_coefficient else []
+
+    def get_decay_parameter_names(self, model):
+        """Names of the parameters under weight decay: as in `Trainer`, less those under Frobenius decay."""
+        covered = {parameter for product in self._decayed_products() for parameter in product.parameters()}
+        under_frobenius = {name for name, parameter in model.named_parameters() if parameter in covered}
+        return [name for name in super().get_decay_parameter_names(model) if name not in under_frobenius]
+
+    def create_optimizer(self, *args, **kwargs):
+        """As in `Trainer`; sets Frobenius decay up and says once what is decayed how."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._decay_hook is None:
+            self._set_up_decay(optimizer)
+        return optimizer
+
+    def _set_up_decay(self, optimizer) -> None:
+        products = self._decayed_products()
+        if self.args.frobenius_decay and not products:
+            raise ValueError(
+                f"frobenius_decay is {self.args.frobenius_decay}, but the model has no factorization that trains; "
+                "call fnl_hf.factorize(model) before making the trainer"
+            )
+        if not products and self.args.frobenius_decay is None and factorizations(self.model):
+            warnings.warn(
+                "the model is factorized but nothing decays it; set frobenius_decay (or weight_decay)", stacklevel=2
+            )
+        covered = {parameter for product in products for parameter in product.parameters() if parameter.requires_grad}
+        for group in optimizer.param_groups:
+            if group.get("weight_decay") and (both := covered.intersection(group["params"])):
+                raise ValueError(
+                    f"{len(both)} parameters under Frobenius decay are in an optimizer group with weight_decay "
+                    f"{group['weight_decay']}; two decays must not hit one parameter: give them a group with 0.0"
+                )
+        mode = self.args.frobenius_decay_mode
+        if mode == "auto":
+            mode = "coupled" if isinstance(optimizer, torch.optim.SGD) else "decoupled"
+        self._couples_decay = mode == "coupled"
+        if products and mode == "decoupled":
+            self._decay_hook = optimizer.register_step_pre_hook(
+                lambda optimizer, *_: decay_step(self._decayed_products(), optimizer, self.frobenius_coefficient)
+            )
+        l2 = sum(len(group["params"]) for group in optimizer.param_groups if group.get("weight_decay"))
+        total = sum(len(group["params"]) for group in optimizer.param_groups)
+        frobenius = f" ({mode}, {self.frobenius_coefficient:g}, {len(products)} products)" if products else ""
+        say(
+            f"fnl_hf: {l2} tensors under L2 decay ({self.args.weight_decay:g}), "
+            f"{len(covered)} under Frobenius decay{frobenius}, {total - l2 - len(covered)} under none"
+        )
+
+    # -- one step ---------------------------------------------------------------------------------------
+
+    def training_step(self, *args, **kwargs):
+        """As in `Trainer`; coupled decay joins the gradients once they are summed, before they are clipped."""
+        loss = super().training_step(*args, **kwargs)
+        if self._couples_decay and self.accelerator.sync_gradients and self.frobenius_coefficient:
+            # Under fp16 the gradients here are still scaled, by a power of two: scaling the decay alike is exact.
+            scaler = self.accelerator.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            add_decay_gradients(self._decayed_products(), self.frobenius_coefficient * scale)
+        return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in `Trainer`, with the number of labels of the whole step, over micro-batches and processes."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._weights_loss and batches and all(torch.is_tensor(batch.get("labels")) for batch in batches):
+            count = sum(self._count_labels(batch) for batch in batches).to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+        return batches, count
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As in `Trainer`; in training the mean of a micro-batch enters with the share of labels that is behind it."""
+        if not self._weights_loss or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        labels = self._count_labels(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        share = labels / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes  # DDP averages what should be summed
+        # A micro-batch without labels has the mean 0/0. The Trainer divides by the number of micro-batches next.
+        loss = torch.nan_to_num(loss, nan=0.0) if labels == 0 else loss
+        loss = loss * share * self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _count_labels(self, inputs) -> torch.Tensor:
+        """How many labels the mean of a batch is over; causal models shift theirs by one."""
+        labels = inputs["labels"]
+        return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(-100).sum()
+
+
+class FNLTrainer(FNLTrainerMixin, Trainer):
+    """`transformers.Trainer` with Frobenius decay; takes `FNLTrainingArguments`."""
+
+
+class FNLSeq2SeqTrainer(FNLTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with Frobenius decay; takes `FNLSeq2SeqTrainingArguments`."""
