@@ -135,8 +135,8 @@ def _accumulating(tensor: Tensor) -> Tensor:
 
 def _sum_to(gram: Tensor, like: Tensor) -> Tensor:
     """Sum a Gram over the batch dimensions along which ``like`` is shared."""
-    shape = (*like.shape[:-2], *gram.shape[-2:])
-    return gram if gram.shape == shape or gram.dim() < len(shape) else gram.sum_to_size(shape)
+    shared = [i for i, (n, size) in enumerate(zip(gram.shape[:-2], like.shape[:-2], strict=True)) if size == 1 < n]
+    return gram.sum(shared, keepdim=True) if shared else gram
 
 
 def _left_grams(factors: Sequence[Tensor]) -> list[Tensor | None]:
