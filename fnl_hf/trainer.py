@@ -155,12 +155,12 @@ class FNLTrainerMixin:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = self._count_labels(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        share = labels / num_items_in_batch
+        # DDP averages over processes and the Trainer over micro-batches what should be summed.
+        parts = self.current_gradient_accumulation_steps
         if self.args.average_tokens_across_devices:
-            share = share * self.accelerator.num_processes  # DDP averages what should be summed
-        # A micro-batch without labels has the mean 0/0. The Trainer divides by the number of micro-batches next.
-        loss = torch.nan_to_num(loss, nan=0.0) if labels == 0 else loss
-        loss = loss * share * self.current_gradient_accumulation_steps
+            parts = parts * self.accelerator.num_processes
+        loss = torch.nan_to_num(loss, nan=0.0) if labels == 0 else loss  # the mean over no labels is 0/0
+        loss = loss * labels * parts / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
     def _count_labels(self, inputs) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""The trainers: decay where it belongs, the same update under accumulation, clear errors at start."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch.testing import assert_close
+
+import fnl_hf
+from tests.families import BART, BERT
+
+TOKENS = [3, 9, 2, 7, 5, 4, 8, 6]  # labels per example: unequal on purpose
+
+
+def examples(model_type):
+    torch.manual_seed(3)
+    rows = []
+    for count in TOKENS:
+        ids = torch.randint(5, 50, (10,))
+        labels = torch.full((10,), -100)
+        labels[1 : 1 + count] = torch.randint(5, 50, (count,))
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        if model_type in ("marian", "bart", "t5"):
+            row["decoder_input_ids"] = torch.randint(5, 50, (10,))
+        rows.append(row)
+    return rows
+
+
+def make_model(model_type):
+    torch.manual_seed(0)
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    if model_type == "bert":
+        config = tf.BertConfig(**BERT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        return tf.BertForMaskedLM(config)
+    if model_type == "gpt2":
+        return tf.GPT2LMHeadModel(
+            tf.GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=2,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            )  # fmt: skip
+        )
+    if model_type == "t5":
+        return tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4, vocab_size=50, dropout_rate=0.0)
+        )
+    cls, config = (
+        (tf.MarianMTModel, tf.MarianConfig)
+        if model_type == "marian"
+        else (tf.BartForConditionalGeneration, tf.BartConfig)
+    )
+    return cls(config(**BART, **quiet))
+
+
+def train(model, tmp_path, rows, **arguments):
+    arguments = {
+        "per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 0.1, "optim": "sgd",
+        "lr_scheduler_type": "constant", "report_to": "none", "use_cpu": True, "save_strategy": "no",
+        "disable_tqdm": True, "max_grad_norm": 0.0, **arguments,
+    }  # fmt: skip
+    args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **arguments)
+    trainer = fnl_hf.FNLTrainer(model=model, args=args, train_dataset=rows)
+    trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
+        rows, batch_size=args.per_device_train_batch_size, collate_fn=trainer.data_collator
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("model_type", ["marian", "bart", "t5", "bert", "gpt2"])
+def test_accumulation_gives_the_same_update(model_type, smoothing, tmp_path):
+    start = fnl_hf.factorize(make_model(model_type), fnl_hf.FNLConfig()).double()  # so that p - q is exact; models compute losses in float32
+    rows, results = examples(model_type), []
+    for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
+        model = copy.deepcopy(start)
+        train(
+            model, tmp_path, rows, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+            frobenius_decay=0.05, label_smoothing_factor=smoothing,
+        )  # fmt: skip
+        results.append({n: p.detach() - q.detach() for (n, p), q in zip(model.named_parameters(), start.parameters())})
+    scale = max(update.norm() for update in results[0].values())
+    for other in results[1:]:
+        for name, update in results[0].items():
+            assert (update - other[name]).norm() < 1e-6 * scale, name
+
+
+def test_the_step_is_loss_gradient_plus_decay(tmp_path):
+    """One SGD step against a hand-made one: mean over all labels, plus λ times the dense penalty's gradient."""
+    start = fnl_hf.factorize(make_model("marian"), fnl_hf.FNLConfig())
+    rows = examples("marian")
+    by_hand = copy.deepcopy(start)
+    batch = tf.default_data_collator(rows)
+    loss = by_hand(**batch).loss
+    penalty = sum(f.matrix().square().sum() for f in fnl_hf.factorizations(by_hand)) / 2
+    (loss + 0.05 * penalty).backward()
+    model = copy.deepcopy(start)
+    train(model, tmp_path, rows, per_device_train_batch_size=2, gradient_accumulation_steps=4, frobenius_decay=0.05)
+    for (name, p), q, s in zip(model.named_parameters(), by_hand.parameters(), start.parameters(), strict=True):
+        if q.grad is not None:
+            assert_close(p.detach() - s.detach(), -0.1 * q.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_coupled_decay_is_inside_the_clip(tmp_path):
+    start = fnl_hf.factorize(make_model("marian"), fnl_hf.FNLConfig())
+    model = copy.deepcopy(start)
+    train(model, tmp_path, examples("marian"), frobenius_decay=10.0, max_grad_norm=0.5)
+    update = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)])
+    assert update.norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
+
+
+def test_auto_decouples_adamw(tmp_path):
+    """AdamW's own step does not see the decay: the difference of two runs is the decoupled term alone."""
+    start = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig()).double()  # so that p - q is exact; models compute losses in float32
+    rows, models = examples("bert"), []
+    for decay in (0.0, 0.5):
+        model = copy.deepcopy(start)
+        train(model, tmp_path, rows, optim="adamw_torch", learning_rate=1e-3, frobenius_decay=decay)
+        models.append(model)
+    expected = {id(p): torch.zeros_like(p) for p in start.parameters()}
+    for product in fnl_hf.factorizations(start):
+        for view, gradient in product.decay_gradients():
+            view.read(expected[id(view.parameter)]).sub_(gradient, alpha=1e-3 * 0.5)
+    for s, plain, decayed in zip(start.parameters(), *(m.parameters() for m in models), strict=True):
+        assert_close(decayed.detach() - plain.detach(), expected[id(s)], rtol=1e-6, atol=1e-12)
+
+
+def test_two_decays_never_hit_one_parameter(tmp_path, capsys):
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    trainer = train(model, tmp_path, examples("bert"), weight_decay=0.01, frobenius_decay=0.1)
+    covered = {p for f in fnl_hf.factorizations(model) for p in f.parameters()}
+    groups = [(group["weight_decay"], set(group["params"])) for group in trainer.optimizer.optimizer.param_groups]
+    assert all(not covered & params for decay, params in groups if decay)
+    assert model.bert.embeddings.word_embeddings.weight in groups[0][1] and groups[0][0] == 0.01
+    others = len(groups[0][1])
+    line = f"{others} tensors under L2 decay (0.01), 8 under Frobenius decay (coupled, 0.1, 4 products)"
+    assert line in capsys.readouterr().out
+
+
+def test_frobenius_decay_defaults_to_the_weight_decay(tmp_path):
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    assert train(model, tmp_path, examples("bert"), weight_decay=0.03).frobenius_coefficient == 0.03
+
+
+def test_zero_frobenius_decay_leaves_weight_decay_everywhere(tmp_path):
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    trainer = train(model, tmp_path, examples("bert"), weight_decay=0.01, frobenius_decay=0.0)
+    (decayed, _) = trainer.optimizer.optimizer.param_groups
+    assert {p for f in fnl_hf.factorizations(model) for p in f.parameters()} <= set(decayed["params"])
+
+
+def test_nothing_decays_is_a_warning_that_names_the_argument(tmp_path):
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    with pytest.warns(UserWarning, match="set frobenius_decay"):
+        train(model, tmp_path, examples("bert"))
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_bad_coefficient_is_refused_by_the_arguments(value, tmp_path):
+    with pytest.raises(ValueError, match="frobenius_decay is"):
+        fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), frobenius_decay=value)
+
+
+def test_decay_without_a_factorization_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="call fnl_hf.factorize"):
+        train(make_model("bert"), tmp_path, examples("bert"), frobenius_decay=0.1)
+
+
+def test_a_users_optimizer_with_weight_decay_on_factors_is_refused(tmp_path):
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    args = fnl_hf.FNLTrainingArguments(
+        output_dir=str(tmp_path), frobenius_decay=0.1, use_cpu=True, report_to="none", max_steps=1
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    trainer = fnl_hf.FNLTrainer(model=model, args=args, train_dataset=examples("bert"), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="two decays must not hit one parameter"):
+        trainer.train()
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    start = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    rows = examples("bert")
+    common = {
+        "optim": "adamw_torch", "learning_rate": 1e-3, "frobenius_decay": 0.3, "weight_decay": 0.1,
+        "per_device_train_batch_size": 4, "lr_scheduler_type": "linear",
+    }  # fmt: skip
+    whole = copy.deepcopy(start)
+    train(whole, tmp_path / "a", rows, max_steps=6, **common)
+    first = copy.deepcopy(start)
+    args = fnl_hf.FNLTrainingArguments(
+        output_dir=str(tmp_path / "b"), max_steps=6, save_steps=3, use_cpu=True, report_to="none", disable_tqdm=True,
+        max_grad_norm=0.0, **common,
+    )  # fmt: skip
+    for model, resume in ((first, None), (copy.deepcopy(start), str(tmp_path / "b" / "checkpoint-3"))):
+        trainer = fnl_hf.FNLTrainer(model=model, args=args, train_dataset=rows)
+        trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
+            rows, batch_size=4, collate_fn=tf.default_data_collator
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            assert_close(p, q, rtol=1e-6, atol=1e-7)
