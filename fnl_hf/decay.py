@@ -100,6 +100,6 @@ def _check_stable(product: Factorization, rate: float) -> None:
         if rate * spectral**2 >= 1:
             raise FloatingPointError(
                 f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "
-                f"and a factor's spectral norm is {spectral:.3g}, but their {rate:.3g} * {spectral:.3g}^2 must be below 1; "
+                f"and a factor's spectral norm is {spectral:.3g}, but {rate:.3g} * {spectral:.3g}^2 must be below 1; "
                 "lower frobenius_decay or learning_rate"
             )

@@ -5,7 +5,7 @@ A declaration holds names, never parameters or sibling modules, so that ``.to()`
 PEFT and FSDP may replace parameters at will; what is handed out is resolved afresh at every call.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .algebra import chain
+from .algebra import chain, rotary
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,58 @@ class HeadSlice:
 
 
 @dataclass(frozen=True)
+class RotaryLayout:
+    """Which features of a head are rotated, and which two make a plane.
+
+    ``dim`` features from ``start`` on, in ``chunks`` equal parts; inside a part feature p is paired with p + half of
+    it, or, ``interleaved``, 2p with 2p + 1. The features outside are unrotated; they are a prefix or a suffix.
+    """
+
+    start: int
+    dim: int
+    interleaved: bool = False
+    chunks: int = 1
+
+    def planes(self, heads: Tensor) -> Tensor:
+        """(*batch, width, d) as (*batch, chunks, planes, 2, d)."""
+        rotated = heads.narrow(-2, self.start, self.dim)
+        if self.interleaved:
+            return rotated.unflatten(-2, (self.chunks, -1, 2))
+        return rotated.unflatten(-2, (self.chunks, 2, -1)).transpose(-3, -2)
+
+    def rest(self, heads: Tensor) -> Tensor:
+        """(*batch, width, d) as its unrotated features, (*batch, width - dim, d)."""
+        width = heads.shape[-2]
+        return heads.narrow(-2, 0 if self.start else self.dim, width - self.dim)
+
+
+@dataclass(frozen=True)
 class View:
-    """One factor, read out of a live parameter: ``read`` is linear, strided, and serves data and gradient alike."""
+    """One factor, read out of a live parameter: ``read`` is linear, strided, and serves data and gradient alike.
+
+    A bias rides along as one more entry of the factor's outer dimension (``outer``): ``read_bias`` gives it that shape.
+    """
 
     parameter: nn.Parameter
     read: Callable[[Tensor], Tensor]
+    outer: int
+    bias: nn.Parameter | None = None
+    read_bias: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self) -> Tensor:
         return self.read(self.parameter)
+
+    def augmented(self) -> Tensor:
+        """The factor with its bias appended; the factor itself, live, where it has none."""
+        return self() if self.bias is None else torch.cat([self(), self.read_bias(self.bias)], self.outer)
+
+    @torch.no_grad()
+    def write(self, value: Tensor) -> None:
+        """Write what has the shape of ``augmented`` into the parameter and the bias."""
+        size = self().shape[self.outer]
+        self().copy_(value.narrow(self.outer, 0, size))
+        if self.bias is not None:
+            self.read_bias(self.bias).copy_(value.narrow(self.outer, size, 1))
 
 
 @dataclass(frozen=True)
@@ -83,30 +127,34 @@ class Factorization:
 
     Attributes:
         name: dotted name of the declaring module in the model, e.g. "bert.encoder.layer.0.attention.self.qk".
-        kind: "qk", "ov", …
+        kind: "qk", "rotary-qk", "ov", …
         form: the module of ``fnl_hf.algebra`` that knows norm, decay gradient and balance of such factors.
-        views: the factors, in the order of the product.
-        biases: per factor, the bias that rides along as one more column of the product's outer side, or None.
+        views: the factors, in the order in which the form takes them.
     """
 
     name: str
     kind: str
     form: ModuleType
     views: tuple[View, ...]
-    biases: tuple[View | None, ...] = ()
 
     def tensors(self) -> list[Tensor]:
-        """The factors as strided views of the parameters, (*batch, r_{i-1}, r_i), batches broadcastable."""
+        """The factors as strided views of the parameters, as the form takes them (batches broadcast in a group)."""
         return [view() for view in self.views]
 
     def factors(self) -> tuple[Tensor, ...]:
-        """The factors (B, m, r), …, (B, r, n), whose matmul is ``matrix()``; live wherever strides allow."""
-        first, *rest = self.tensors()
-        stacked = [chain.stack_groups(first, rest[-1])[0], *(chain.stack_groups(first, factor)[1] for factor in rest)]
-        return tuple(factor.reshape(-1, *factor.shape[-2:]) for factor in stacked)
+        """The factors (B, m, r), …, (B, r, n), whose matmul is ``matrix()``; live wherever strides allow.
+
+        B counts heads, or key-value groups: then the query side of a group is stacked, (B, g·m, r). Rotary products
+        give their planes, as ``fnl_hf.algebra.rotary`` describes them.
+        """
+        return self.form.batched(self.tensors())
 
     def matrix(self) -> Tensor:
-        """The product, (B, m, n). For inspection: nothing in training forms it."""
+        """The product, (B, m, n). For inspection: nothing in training forms it.
+
+        Raises:
+            ValueError: A rotary product, which has no single matrix.
+        """
         return self.form.product(self.factors())
 
     def squared_norm(self) -> Tensor:
@@ -116,6 +164,15 @@ class Factorization:
     def parameters(self) -> list[nn.Parameter]:
         """The parameters it covers, each once, biases not among them."""
         return list({id(view.parameter): view.parameter for view in self.views}.values())
+
+    def augmented(self) -> list[Tensor]:
+        """``tensors``, with each bias appended to its factor."""
+        return [view.augmented() for view in self.views]
+
+    def write(self, factors: Sequence[Tensor]) -> None:
+        """Write factors shaped as ``augmented`` gives them."""
+        for view, factor in zip(self.views, factors, strict=True):
+            view.write(factor)
 
     @torch.no_grad()
     def decay_gradients(self) -> list[tuple[View, Tensor]]:
@@ -127,34 +184,43 @@ class Factorization:
 class HeadProduct(nn.Module):
     """Declares that two projections of an attention module form a product per head. No parameters, no forward.
 
-    It sits on the common ancestor of both projections under the name of its kind ("qk", "ov"), so ``print(model)``
-    shows it and ``state_dict`` does not.
+    It sits on the common ancestor of both projections, named "qk" or "ov", so ``print(model)`` shows it and
+    ``state_dict`` does not.
     """
 
-    def __init__(self, kind: str, left: HeadSlice, right: HeadSlice, head_dim: int):
+    def __init__(self, kind: str, left: HeadSlice, right: HeadSlice, head_dim: int, rotary: RotaryLayout | None = None):
         super().__init__()
-        self.kind, self.left, self.right, self.head_dim = kind, left, right, head_dim
+        self.kind, self.left, self.right, self.head_dim, self.rotary = kind, left, right, head_dim, rotary
 
     def factorization(self, name: str, parent: nn.Module) -> Factorization:
         """The product as it stands now in ``parent``, the module that holds this declaration."""
-        # Q_hᵀ K_h reads Q's rows transposed; O_h V_h reads O's columns as they are.
-        left_read = (lambda w: self.left.read(w).mT) if self.left.axis == "out" else self.left.read
-        views = (
-            View(_parameter(parent, self.left.weight, name), left_read),
-            View(_parameter(parent, self.right.weight, name), self.right.read),
-        )
-        biases = tuple(
-            View(_parameter(parent, side.bias, name), side.read_bias) if side.bias and side.axis == "out" else None
-            for side in (self.left, self.right)
-        )
-        return Factorization(name, self.kind, chain, views, biases)
+        if self.rotary is None:
+            # Q_hᵀ K_h reads Q's rows transposed; O_h V_h reads O's columns as they are.
+            across = (lambda heads: heads.mT) if self.left.axis == "out" else None
+            views = [self._view(parent, self.left, across, -2), self._view(parent, self.right, None, -1)]
+            return Factorization(name, self.kind, chain, tuple(views))
+        views = [self._view(parent, side, self.rotary.planes, -1) for side in (self.left, self.right)]
+        if self.rotary.dim < self.left.width:
+            rest = self.rotary.rest
+            views.append(self._view(parent, self.left, lambda heads: rest(heads).mT, -2))
+            views.append(self._view(parent, self.right, rest, -1))
+        return Factorization(name, self.kind, rotary, tuple(views))
+
+    @staticmethod
+    def _view(parent: nn.Module, side: HeadSlice, then: Callable[[Tensor], Tensor] | None, outer: int) -> View:
+        then = then or (lambda heads: heads)
+        weight, bias = _parameter(parent, side.weight), None
+        if side.bias and side.axis == "out":
+            bias = _parameter(parent, side.bias)
+        return View(weight, lambda w: then(side.read(w)), outer, bias, lambda b: then(side.read_bias(b)[..., None]))
 
     def extra_repr(self) -> str:
         heads = f"{self.left.size} heads"
         if self.right.size != self.left.size:
             heads += f" in {self.right.size} groups"
         rank = "" if self.left.width == self.head_dim else f" of {self.head_dim}"
-        return f"{self.left.weight} x {self.right.weight}, {heads}, rank {self.left.width}{rank}"
+        rotated = "" if self.rotary is None else f", {self.rotary.dim} features rotated"
+        return f"{self.left.weight} x {self.right.weight}, {heads}, rank {self.left.width}{rank}{rotated}"
 
 
 def factorizations(model: nn.Module) -> list[Factorization]:
@@ -183,14 +249,11 @@ def _unique(products: Iterator[Factorization]) -> Iterator[Factorization]:
             yield product
 
 
-def _parameter(parent: nn.Module, path: str, name: str) -> nn.Parameter:
+def _parameter(parent: nn.Module, path: str) -> nn.Parameter:
     """The parameter at a dotted path, seen through PEFT's wrapping of a layer (``base_layer``)."""
     *steps, attribute = path.split(".")
     module = parent
     for step in steps:
         module = getattr(module, step)
         module = getattr(module, "base_layer", module)
-    parameter = getattr(module, attribute)
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"{name}: {path} is a {type(parameter).__name__}, expected a parameter")
-    return parameter
+    return getattr(module, attribute)

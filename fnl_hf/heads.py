@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .factorization import HeadProduct, HeadSlice
+from .factorization import HeadProduct, HeadSlice, RotaryLayout
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,17 @@ class Product:
     left: HeadSlice
     right: HeadSlice
     rank: int
+    rotary: RotaryLayout | None = None
+
+    @property
+    def slot(self) -> str:
+        """Name of the declaration in its owner: "qk" for both forms of it."""
+        return self.kind.removeprefix("rotary-")
 
     @property
     def name(self) -> str:
         """Name of the declaration in the model."""
-        return f"{self.owner}.{self.kind}" if self.owner else self.kind
+        return f"{self.owner}.{self.slot}" if self.owner else self.slot
 
     def leaf(self, side: HeadSlice) -> str:
         """Name in the model of the module that holds a side's weight."""
@@ -151,7 +157,8 @@ class Product:
     def from_dict(cls, data: dict) -> "Product":
         """Inverse of ``to_dict``."""
         sides = {side: HeadSlice(**{**data[side], "heads": tuple(data[side]["heads"])}) for side in ("left", "right")}
-        return cls(**{**data, **sides})
+        rotary = data.get("rotary") and RotaryLayout(**data["rotary"])
+        return cls(**{**data, **sides, "rotary": rotary})
 
 
 def install(model: nn.Module, products: Iterable[Product]) -> None:
@@ -168,8 +175,8 @@ def install(model: nn.Module, products: Iterable[Product]) -> None:
     swap(model, narrow)
     for product in products:
         left, right = (_narrow_slice(product, side, paddings) for side in (product.left, product.right))
-        declaration = HeadProduct(product.kind, left, right, head_dim=product.left.width)
-        model.get_submodule(product.owner).add_module(product.kind, declaration)
+        declaration = HeadProduct(product.kind, left, right, product.left.width, product.rotary)
+        model.get_submodule(product.owner).add_module(product.slot, declaration)
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

@@ -10,7 +10,7 @@ from .attention import find_attention
 from .config import FORMAT_VERSION, FNLConfig
 from .factorization import HeadProduct, factorizations
 from .heads import HeadLinear, Product, install, swap
-from .initialization import initial_factors, write_factors
+from .initialization import initial_factors
 from .messages import say
 
 
@@ -39,15 +39,15 @@ def factorize(model: nn.Module, config: FNLConfig | None = None) -> nn.Module:
     factors = []
     for product in products:
         view = _as_found(model, product)
-        for factor in (*view.views, *filter(None, view.biases)):
-            if not torch.isfinite(factor.parameter).all():
+        for factor in view.augmented():
+            if not torch.isfinite(factor).all():
                 raise ValueError(
                     f"{product.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
         factors.append(initial_factors(view, product.rank, config.init))
     install(model, products)
-    for product, (left, right) in zip(products, factors, strict=True):
-        write_factors(_declared(model, product), left, right)
+    for product, new in zip(products, factors, strict=True):
+        _declared(model, product).write(new)
     attach(model, config, products, skipped)
     say(summary(model).headline())
     return model
@@ -198,10 +198,10 @@ def _nothing_found(model: nn.Module, config: FNLConfig, skipped: list[dict]) -> 
 
 def _as_found(model: nn.Module, product: Product):
     """The product in a model where nothing is declared yet."""
-    declaration = HeadProduct(product.kind, product.left, product.right, product.left.width)
+    declaration = HeadProduct(product.kind, product.left, product.right, product.left.width, product.rotary)
     return declaration.factorization(product.name, model.get_submodule(product.owner))
 
 
 def _declared(model: nn.Module, product: Product):
     owner = model.get_submodule(product.owner)
-    return getattr(owner, product.kind).factorization(product.name, owner)
+    return getattr(owner, product.slot).factorization(product.name, owner)

@@ -94,10 +94,11 @@ def test_balance_is_the_truncated_svd_of_the_dense_product(rank, condition):
 
 def test_balance_of_a_shared_group_is_the_best_shared_basis():
     left, right = torch.randn(2, 3, 7, 4).double(), torch.randn(2, 1, 4, 9).double()
-    a, b = chain.balance(chain.stack_groups(left, right), 2)
-    dense = (left @ right).reshape(2, 21, 9)
-    u, s, vt = torch.linalg.svd(dense)
-    assert_close(a @ b, (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :], rtol=0, atol=1e-11)
+    a, b = chain.balance((left, right), 2)
+    assert a.shape == (2, 3, 7, 2) and b.shape == (2, 1, 2, 9)
+    u, s, vt = torch.linalg.svd((left @ right).reshape(2, 21, 9))
+    best = (u[..., :2] * s[..., None, :2]) @ vt[..., :2, :]
+    assert_close(a @ b, best.reshape(2, 3, 7, 9), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("dead", ["left", "right", "a direction"])

@@ -2,11 +2,11 @@
 
 A form is a module of pure functions of tensors with these names:
 
-    product, squared_norm, decay_gradients, singular_values, nuclear_bound, non_orthogonality, balance
+    product, squared_norm, decay_gradients, balance, leading, batched, change_basis
 
 A new form (Tucker, tensor train) is one more module here; nothing above this floor asks which form it holds.
 """
 
-from . import chain
+from . import chain, rotary
 
-__all__ = ["chain"]
+__all__ = ["chain", "rotary"]

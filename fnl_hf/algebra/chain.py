@@ -97,7 +97,8 @@ def balance(factors: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor,
     """Balanced factors of the product of two factors, truncated to the best rank ``rank`` where that is smaller.
 
     Args:
-        factors: ``(A, B)`` of shapes (*batch, m, r) and (*batch, r, n).
+        factors: ``(A, B)`` of shapes (*batch, m, r) and (*batch, r, n). Over a group that shares B, all its A are
+            stacked, which gives the best basis that the group can share.
         rank: at most r; r if not given, and then the product does not change.
 
     Returns:
@@ -108,21 +109,38 @@ def balance(factors: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor,
     are too ill-conditioned for that, two QRs and the SVD of R_a R_bᵀ do the same (METHODS 1.1).
     """
     dtype = factors[0].dtype
-    left, right = map(_accumulating, factors)
+    left, right = stack_groups(*map(_accumulating, factors))
     rank = left.shape[-1] if rank is None else rank
     if not 1 <= rank <= left.shape[-1]:
         raise ValueError(f"rank {rank} is outside 1..{left.shape[-1]}, the width of the factors")
     gauges = _gauges_from_grams(left, right, rank)
-    if gauges is not None:
-        left_gauge, right_gauge = gauges
-        return (left @ left_gauge).to(dtype), (right_gauge @ right).to(dtype)
-    core, left_basis, right_basis = _core(left.double(), right.double())
-    p, sigma, qt = torch.linalg.svd(core, full_matrices=False)
-    # A direction that the product lacks stays alive in the right factor, at that factor's typical size.
-    scale = right_basis.new_tensor(1.0).expand(sigma.shape[:-1])
-    for size in (torch.linalg.matrix_norm(left.double()), torch.linalg.matrix_norm(right.double())):
-        scale = torch.where(size > 0, size / left.shape[-1] ** 0.5, scale)
-    return _split_spectrum(left_basis @ p, sigma, qt @ right_basis, rank, scale, dtype)
+    balanced = (
+        (left @ gauges[0], gauges[1] @ right) if gauges else _balance_by_qr(left.double(), right.double(), rank, dtype)
+    )
+    shapes = (*factors[0].shape[:-1], rank), (*factors[1].shape[:-2], rank, factors[1].shape[-1])
+    return tuple(factor.to(dtype).reshape(shape) for factor, shape in zip(balanced, shapes, strict=True))
+
+
+def leading(factors: Sequence[Tensor], rank: int) -> list[Tensor]:
+    """The first ``rank`` columns of A and rows of B, copied."""
+    left, right = factors
+    return [left[..., :rank].clone(), right[..., :rank, :].clone()]
+
+
+def batched(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The factors as (B, r_{i-1}, r_i): batch dimensions flattened, a group's left factors stacked."""
+    *inner, last = factors
+    stacked = [stack_groups(inner[0], last)[0], *(stack_groups(inner[0], factor)[1] for factor in (*inner[1:], last))]
+    return tuple(factor.reshape(-1, *factor.shape[-2:]) for factor in stacked)
+
+
+def change_basis(factors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """The same product of two factors in a random, well-conditioned basis: A G and G⁻¹ B."""
+    left, right = factors
+    shape = (*right.shape[:-1], right.shape[-2])  # one G per batch entry of the shared side
+    orthogonal, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=right.dtype).to(right.device))
+    scale = torch.exp(2 * torch.rand(shape[:-1], generator=generator, dtype=right.dtype).to(right.device) - 1)
+    return [left @ (orthogonal * scale[..., None, :]), (orthogonal.mT / scale[..., :, None]) @ right]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -171,6 +189,17 @@ def _core(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
     return r_left @ r_right.mT, q_left, q_right.mT
+
+
+def _balance_by_qr(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``balance`` for any two float64 factors, however ill-conditioned."""
+    core, left_basis, right_basis = _core(left, right)
+    p, sigma, qt = torch.linalg.svd(core, full_matrices=False)
+    # A direction that the product lacks stays alive in the right factor, at that factor's typical size.
+    scale = torch.ones_like(sigma[..., 0])
+    for size in (torch.linalg.matrix_norm(left), torch.linalg.matrix_norm(right)):
+        scale = torch.where(size > 0, size / left.shape[-1] ** 0.5, scale)
+    return _split_spectrum(left_basis @ p, sigma, qt @ right_basis, rank, scale, dtype)
 
 
 def _gauges_from_grams(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
