@@ -1,9 +1,10 @@
 """Factorized neural layers for Hugging Face Transformers: spectral initialisation, Frobenius decay, back to dense."""
 
+from . import loading
 from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Factorization, HeadProduct, factorizations
-from .patching import Summary, factorize, summary, to_dense
+from .patching import Summary, factorize, summary, to_dense, verify
 from .trainer import FNLSeq2SeqTrainer, FNLSeq2SeqTrainingArguments, FNLTrainer, FNLTrainingArguments
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "factorizations",
     "factorize",
     "frobenius_decay_",
+    "loading",
     "summary",
     "to_dense",
+    "verify",
 ]

@@ -1,9 +1,12 @@
 """Finds softmax attention in any Hugging Face model, by structure: no table of models.
 
-A site is a module with q, k and v projections (or one fused projection) and an output projection of its own or of its
-parent. Roles come from the children's names with filler words dropped, and only what closes in shape counts:
-q_out = H·d, k_out = G·d, v_out = G·dv, o_in = H·dv with H divisible by G. What looks like attention but is not
-understood is left alone and reported with the reason.
+A site is a module with q, k and v projections (separate, fused, or latent) and an output projection of its own or of
+an ancestor. Roles come from the children's names with filler words dropped, and only what closes in shape counts:
+q_out = H·d, k_out = G·d, v_out = G·dv, o_in = H·dv with H divisible by G.
+
+Names cannot tell how heads lie inside a fused weight, nor what happens between queries and keys. So a site offers
+its possible products, the most general first, with ``certain`` where structure alone decides; ``fnl_hf.probe`` tells
+the others apart on a forward of the model.
 """
 
 import re
@@ -13,145 +16,238 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .factorization import HeadSlice
+from .factorization import HeadSlice, RotaryLayout
 from .heads import Product
 
-_FILLER = {"proj", "projection", "lin", "linear", "dense", "to", "layer", "w", "c", "self", "attn", "attention", "fc"}
+_FILLER = {"proj", "projection", "project", "lin", "linear", "dense", "fc", "layer", "head", "to", "w", "c"}
+_FILLER |= {"self", "attn", "attention"}
 _ROLES = {
     "q": {"q", "query", "queries", "wq"},
     "k": {"k", "key", "keys", "wk"},
     "v": {"v", "value", "values", "wv"},
-    "o": {"o", "out", "output", "wo", ""},
-    "qkv": {"qkv", "query_key_value", "in", "wqkv", "mixed_qkv"},
-    "kv": {"kv", "key_value"},
+    "o": {"o", "out", "output", "wo", "post", "final", ""},
+    "qkv": {"qkv", "query_key_value", "in", "wqkv"},
+    "kv": {"kv", "key_value", "keys_values"},
+    "q_b": {"q_b"},
+    "kv_b": {"kv_b"},
 }
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
-_HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_per_head", "d_head")
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A projection: its path below the module that was searched, and its shape as (out, in)."""
+    """A projection below the module that was searched: the names of its parameters and its shape."""
 
-    path: str
-    module: nn.Module
+    weight: str
+    bias: str | None
     out: int
     inp: int
-    transposed: bool
+    transposed: bool = False
+    convolution: bool = False
 
-    @property
-    def bias(self) -> bool:
-        return self.module.bias is not None
+    def rows(self, heads: tuple[int, ...], width: int, **place) -> HeadSlice:
+        """Its output features as heads."""
+        return HeadSlice(self.weight, self.bias, "out", heads, width, transposed=self.transposed, **place)
 
 
 @dataclass
 class Site:
-    """One attention module: the products found in it, at full rank, and what was skipped and why."""
+    """One attention module: per slot ("qk", "ov") the products that it may hold, the most general first.
+
+    Attributes:
+        certain: slots whose first option needs no probe.
+        doubts: slot -> what stands between, or why nothing fits, in words for the user.
+    """
 
     name: str
-    products: list[Product] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (kind, reason)
+    options: dict[str, list[Product]] = field(default_factory=lambda: {"qk": [], "ov": []})
+    certain: set[str] = field(default_factory=set)
+    doubts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One way to read the heads of q, k and v."""
+
+    q: HeadSlice
+    k: HeadSlice
+    v: HeadSlice
 
 
 def find_attention(model: nn.Module) -> list[Site]:
-    """Every attention site of a model, in module order; shared modules once.
-
-    Sites whose products are all skipped are listed too, so that ``summary`` can say why.
-    """
-    return list(_sites(model))
+    """Every attention site of a model, in module order; shared modules once."""
+    return [site for name, module in model.named_modules() if (site := _site(model, name, module))]
 
 
-def _sites(model: nn.Module) -> Iterator[Site]:
-    for name, module in model.named_modules():
-        roles = _roles(module)
-        if not ({"q", "k", "v"} <= roles.keys() or "qkv" in roles):
+def _site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
+    roles = _roles(module)
+    if not _looks_like_attention(module, roles):
+        return None
+    site, heads = Site(name), _head_counts(module)
+    if not heads:
+        site.doubts = dict.fromkeys(("qk", "ov"), "the number of heads is not to be found on the module or its config")
+        return site
+    outputs = list(_output_candidates(model, name, module))
+    layouts = next(filter(None, (_layouts(module, roles, count, outputs) for count in heads)), [])
+    if not layouts:
+        # Projections whose shapes do not close are something else; with an output beside them, worth a word.
+        if outputs and roles.keys() & {"qkv", "q"}:
+            site.doubts = dict.fromkeys(("qk", "ov"), "the shapes of its projections do not close into heads")
+            return site
+        return None
+    _offer_qk(site, module, layouts)
+    _offer_ov(site, module, layouts, outputs)
+    fused = len(layouts) > 1
+    site.certain = {slot for slot in ("qk", "ov") if site.options[slot] and slot not in site.doubts and not fused}
+    return site
+
+
+def _looks_like_attention(module: nn.Module, roles: dict[str, Leaf]) -> bool:
+    found = {"q", "k", "v"} <= roles.keys() or "qkv" in roles or {"q", "kv"} <= roles.keys() or "kv_b" in roles
+    # Linear attention and state-space mixers wear the same names, but have a short convolution or a decay.
+    recurrent = any(hasattr(module, name) for name in ("conv1d", "A_log", "dt_bias", "dt_proj", "conv"))
+    return found and not recurrent and ("qkv" not in roles or _head_counts(module) != [])
+
+
+# -- layouts -----------------------------------------------------------------------------------------
+
+
+def _layouts(module: nn.Module, roles: dict[str, Leaf], heads: int, outputs: list) -> list[_Layout]:
+    """The ways in which the projections may hold ``heads`` query heads; [] where shapes do not close."""
+    if "kv_b" in roles and roles.keys() & {"q", "q_b"}:
+        return _latent(module, roles.get("q_b") or roles["q"], roles["kv_b"], heads)
+    if {"q", "k", "v"} <= roles.keys():
+        return _separate(module, roles["q"], roles["k"], roles["v"], heads)
+    if {"q", "kv"} <= roles.keys():
+        return _fused_kv(roles["q"], roles["kv"], heads)
+    return _fused(roles["qkv"], heads, outputs) if "qkv" in roles else []
+
+
+def _separate(module: nn.Module, q: Leaf, k: Leaf, v: Leaf, heads: int) -> list[_Layout]:
+    if q.out % heads:
+        return []
+    d = q.out // heads
+    groups = k.out // d
+    if not groups or k.out != groups * d or heads % groups or v.out % groups:
+        return []
+    query, shared = _batches(heads, groups)
+    return [_Layout(q.rows(query, d), k.rows(shared, d), v.rows(shared, v.out // groups))]
+
+
+def _fused_kv(q: Leaf, kv: Leaf, heads: int) -> list[_Layout]:
+    d = q.out // heads
+    groups = kv.out // (2 * d) if d else 0
+    if not groups or q.out != heads * d or kv.out != 2 * groups * d or heads % groups:
+        return []
+    query, shared = _batches(heads, groups)
+    left = q.rows(query, d)
+    blocks = _Layout(left, kv.rows(shared, d), kv.rows(shared, d, offset=groups * d))
+    inner = shared[1:]
+    woven = _Layout(left, *(kv.rows(inner, d, repeats=groups, offset=i * d) for i in range(2)))
+    return [blocks, woven]
+
+
+def _fused(qkv: Leaf, heads: int, outputs: list) -> list[_Layout]:
+    """[q, k, v] in blocks; per group [q…, k, v]; CodeGen's four parts of [q, v, k]. Which, only a probe can tell."""
+    layouts = []
+    for d in dict.fromkeys(leaf.inp // heads for _, leaf in outputs if leaf.inp % heads == 0):
+        total = qkv.out // d
+        groups = (total - heads) // 2
+        if qkv.out != total * d or groups < 1 or total != heads + 2 * groups or heads % groups:
             continue
-        site = Site(name)
-        heads = _head_count(module)
-        outputs = list(_output_candidates(model, name, module))
-        if heads is None:
-            site.skipped = [
-                (kind, "the number of heads is not to be found on the module or its config") for kind in ("qk", "ov")
+        query, shared = _batches(heads, groups)
+        blocks = [qkv.rows(query, d)]
+        blocks += [qkv.rows(shared, d, offset=(heads + i * groups) * d) for i in range(2)]
+        layouts.append(_Layout(*blocks))
+        each = heads // groups
+        woven = [qkv.rows((each,), d, repeats=groups)]
+        woven += [qkv.rows((1,), d, repeats=groups, offset=(each + i) * d) for i in range(2)]
+        layouts.append(_Layout(*woven))
+        if groups == heads and heads % 4 == 0:
+            part = heads // 4
+            q, v, k = (qkv.rows((part,), d, repeats=4, offset=i * part * d) for i in range(3))
+            layouts.append(_Layout(q, k, v))
+    # A Conv1D that is fused is GPT-2's, whose blocks no one has ever woven.
+    return layouts[:1] if qkv.transposed else layouts
+
+
+def _latent(module: nn.Module, q: Leaf, kv_b: Leaf, heads: int) -> list[_Layout]:
+    """Multi-head latent attention: per head [nope | rope] queries against [nope | value] of the latent.
+
+    The rotated part of the key is one head of another projection: it stays outside the product.
+    """
+    nope, dv = getattr(module, "qk_nope_head_dim", 0), getattr(module, "v_head_dim", 0)
+    if not nope or not dv or q.out % heads or kv_b.out != heads * (nope + dv):
+        return []
+    place = {"repeats": heads, "offset": 0}
+    value = kv_b.rows((), dv, repeats=heads, offset=nope)
+    return [_Layout(q.rows((), nope, **place), kv_b.rows((), nope, **place), value)]
+
+
+def _batches(heads: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batch shapes of the query side and of the shared side."""
+    return ((heads,), (heads,)) if groups == heads else ((groups, heads // groups), (groups, 1))
+
+
+# -- products ----------------------------------------------------------------------------------------
+
+
+def _offer_qk(site: Site, module: nn.Module, layouts: list[_Layout]) -> None:
+    if reason := _between_q_and_k(module):
+        site.doubts["qk"] = reason
+    for layout in layouts:
+        d = layout.q.width
+        site.options["qk"].append(Product(site.name, "qk", layout.q, layout.k, d))
+        if "rotary" in site.doubts.get("qk", ""):
+            site.options["qk"] += [
+                Product(site.name, "rotary-qk", layout.q, layout.k, d, rotary) for rotary in _rotary_layouts(module, d)
             ]
-        elif not {"q", "k", "v"} <= roles.keys():
-            _add_fused(site, module, roles["qkv"], heads, outputs)
-        else:
-            _add_separate(site, module, roles, heads, outputs)
-        if site.products or site.skipped:
-            yield site
 
 
-def _add_separate(site, module, roles, heads, outputs) -> None:
-    """Products of separate q, k and v projections."""
-    q, k, v = roles["q"], roles["k"], roles["v"]
-    d = _first_int(module, _HEAD_DIMS)
-    if not d or q.out != heads * d:
-        d = q.out // heads
-    groups = k.out // d if d else 0
-    if not d or q.out != heads * d or not groups or k.out != groups * d or heads % groups or v.out % groups:
-        return  # does not close: some other module that happens to have such names
-    dv = v.out // groups
-    batch = ((heads,), (heads,)) if groups == heads else ((groups, heads // groups), (groups, 1))
-    if reason := _between_q_and_k(module):
-        site.skipped.append(("qk", reason))
-    else:
-        left = HeadSlice(f"{q.path}.weight", _bias(q), "out", batch[0], d, transposed=q.transposed)
-        right = HeadSlice(f"{k.path}.weight", _bias(k), "out", batch[1], d, transposed=k.transposed)
-        site.products.append(Product(site.name, "qk", left, right, d))
-    right = HeadSlice(f"{v.path}.weight", _bias(v), "out", batch[1], dv, transposed=v.transposed)
-    _add_output(site, module, heads, dv, batch[0], right, outputs)
+def _rotary_layouts(module: nn.Module, width: int) -> Iterator[RotaryLayout]:
+    """Ways to rotate ``width`` features, the least rotated first: what is unrotated keeps its whole Gram."""
+    named = _first_number(module, ("rotary_dim", "rotary_ndims", "rope_dim", "qk_rope_head_dim"))
+    share = _first_number(module, ("partial_rotary_factor", "rotary_pct"))
+    dims = {width // 4, width // 2, 3 * width // 4, width, int(named or 0), int(width * (share or 0))}
+    for dim in sorted(dim for dim in dims if 2 <= dim <= width and dim % 2 == 0):
+        for start in dict.fromkeys((0, width - dim)):
+            yield RotaryLayout(start, dim)
+            yield RotaryLayout(start, dim, interleaved=True)
+            if dim % 4 == 0:
+                yield RotaryLayout(start, dim, chunks=2)
 
 
-def _add_fused(site, module, fused, heads, outputs) -> None:
-    """Products of one fused projection whose blocks are [q, k, v]."""
-    if not fused.transposed:
-        site.skipped += [
-            (kind, "q, k and v are fused in one Linear whose layout is not known") for kind in ("qk", "ov")
-        ]
-        return
-    d = fused.out // (3 * heads)
-    if fused.out != 3 * heads * d:
-        return
-    q, k, v = (
-        HeadSlice(f"{fused.path}.weight", _bias(fused), "out", (heads,), d, offset=i * heads * d, transposed=True)
-        for i in range(3)
-    )
-    if reason := _between_q_and_k(module):
-        site.skipped.append(("qk", reason))
-    else:
-        site.products.append(Product(site.name, "qk", q, k, d))
-    _add_output(site, module, heads, d, (heads,), v, outputs)
-
-
-def _add_output(site, module, heads, dv, batch, right, outputs) -> None:
-    """The O/V product, declared on the common ancestor of v and o."""
-    fitting = [(up, leaf) for up, leaf in outputs if leaf.inp == heads * dv]
-    if not fitting:
-        site.skipped.append(("ov", f"no output projection of {heads * dv} features beside the value projection"))
-        return
+def _offer_ov(site: Site, module: nn.Module, layouts: list[_Layout], outputs: list) -> None:
+    """The O/V products, declared on the common ancestor of v and o."""
     if reason := _between_v_and_o(module):
-        site.skipped.append(("ov", reason))
-        return
-    up, leaf = fitting[0]
-    parts = site.name.split(".") if site.name else []
-    ancestor = ".".join(parts[: len(parts) - up])
-    below = ".".join(parts[len(parts) - up :])
-    path = f"{below}.{right.weight}" if below else right.weight
-    bias = f"{below}.{right.bias}" if below and right.bias else right.bias
-    right = replace(right, weight=path, bias=bias)
-    left = HeadSlice(f"{leaf.path}.weight", None, "in", batch, dv, transposed=leaf.transposed)
-    site.products.append(Product(ancestor, "ov", left, right, dv))
+        site.doubts["ov"] = reason
+    for layout in layouts:
+        width = layout.q.size * layout.v.width
+        fitting = [(up, leaf) for up, leaf in outputs if leaf.inp == width]
+        if not fitting:
+            site.doubts.setdefault("ov", f"no output projection of {width} features beside the value projection")
+            continue
+        up, leaf = fitting[0]
+        parts = site.name.split(".") if site.name else []
+        ancestor, below = ".".join(parts[: len(parts) - up]), "".join(f"{part}." for part in parts[len(parts) - up :])
+        right = replace(layout.v, weight=below + layout.v.weight, bias=layout.v.bias and below + layout.v.bias)
+        left = HeadSlice(leaf.weight, None, "in", layout.q.batch, right.width, transposed=leaf.transposed)
+        site.options["ov"].append(Product(ancestor, "ov", left, right, right.width))
 
 
-# ----------------------------------------------------------------------------------------------------
+# -- what the structure shows ------------------------------------------------------------------------
 
 
 def _roles(module: nn.Module) -> dict[str, Leaf]:
     """role -> projection among the children of a module; the first of a role wins."""
     roles: dict[str, Leaf] = {}
     for name, child in module.named_children():
-        if (leaf := _leaf(name, child)) and (role := _role(name)):
+        if (role := _role(name)) and (leaf := _leaf(module, name, child, role)):
             roles.setdefault(role, leaf)
+    fused = getattr(module, "in_proj_weight", None)
+    if isinstance(module, nn.MultiheadAttention) and fused is not None:
+        bias = None if module.in_proj_bias is None else "in_proj_bias"
+        roles["qkv"] = Leaf("in_proj_weight", bias, *fused.shape)
     return roles
 
 
@@ -163,97 +259,101 @@ def _role(name: str) -> str | None:
     return next((role for role, names in _ROLES.items() if rest in names), None)
 
 
-def _leaf(path: str, module: nn.Module) -> Leaf | None:
+def _leaf(owner: nn.Module, path: str, module: nn.Module, role: str | None = None) -> Leaf | None:
     """The projection that a child is, or that it thinly wraps (a Sequential of one Linear and a Dropout)."""
-    if isinstance(module, nn.Linear):
-        return Leaf(path, module, module.out_features, module.in_features, False)
-    if isinstance(module, Conv1D):
-        inp, out = module.weight.shape
-        return Leaf(path, module, out, inp, True)
-    if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        leaves = [_leaf(f"{path}.{name}", child) for name, child in module.named_children()]
-        leaves = [leaf for leaf in leaves if leaf]
-        return leaves[0] if len(leaves) == 1 else None
-    return None
+    if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
+        transposed = isinstance(module, Conv1D)
+        out, inp = reversed(module.weight.shape) if transposed else module.weight.shape
+        bias = f"{path}.bias" if module.bias is not None else None
+        if bias is None and role and isinstance(getattr(owner, f"{role}_bias", None), nn.Parameter):
+            bias = f"{role}_bias"  # a bias that is a parameter of the attention module itself
+        return Leaf(f"{path}.weight", bias, out, inp, transposed)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and set(module.kernel_size) == {1} and module.groups == 1:
+        bias = f"{path}.bias" if module.bias is not None else None
+        return Leaf(f"{path}.weight", bias, module.out_channels, module.in_channels, convolution=True)
+    leaves = [leaf for name, child in module.named_children() if (leaf := _leaf(module, f"{path}.{name}", child))]
+    thin = isinstance(module, (nn.ModuleList, nn.Sequential)) or len(list(module.parameters())) <= 2
+    return leaves[0] if thin and len(leaves) == 1 else None
 
 
 def _output_candidates(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[int, Leaf]]:
     """(levels up, leaf with its path below that ancestor) of what may be the output projection, nearest first."""
     parts = name.split(".") if name else []
     for up in range(min(2, len(parts)) + 1):
-        ancestor_name = ".".join(parts[: len(parts) - up])
-        ancestor = model.get_submodule(ancestor_name)
-        if up and isinstance(ancestor, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+        ancestor = model.get_submodule(".".join(parts[: len(parts) - up]))
+        if isinstance(ancestor, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             return
         for child_name, child in ancestor.named_children():
-            if up and child_name == parts[len(parts) - up]:
+            if _role(child_name) != "o" or (up and child_name == parts[len(parts) - up]):
                 continue
-            if _role(child_name) != "o":
-                continue
-            if leaf := _leaf(child_name, child):
+            if leaf := _leaf(ancestor, child_name, child):
                 yield up, leaf
             elif up:  # BERT's output.dense
                 for grandchild_name, grandchild in child.named_children():
-                    leaf = _leaf(f"{child_name}.{grandchild_name}", grandchild)
+                    leaf = _leaf(child, f"{child_name}.{grandchild_name}", grandchild)
                     if leaf and _role(grandchild_name) == "o":
                         yield up, leaf
 
 
-def _head_count(module: nn.Module) -> int | None:
-    return _first_int(module, _HEAD_COUNTS) or _first_int(getattr(module, "config", None), _HEAD_COUNTS)
+def _head_counts(module: nn.Module) -> list[int]:
+    """Candidates for the number of query heads: the module's word before its config's."""
+    owners = (module, getattr(module, "config", None))
+    return list(dict.fromkeys(n for owner in owners for name in _HEAD_COUNTS if (n := _read_number(owner, name))))
 
 
-def _first_int(owner: object, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        try:
-            value = getattr(owner, name, None)
-        except Exception:  # a heterogeneous config raises its own error for a per-layer attribute
-            continue
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
+def _first_number(module: nn.Module, names: tuple[str, ...]) -> float | None:
+    config = getattr(module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    owners = [module, config, rope, *(rope.values() if isinstance(rope, dict) else ())]
+    return next((n for owner in owners for name in names if (n := _read_number(owner, name))), None)
 
 
-def _bias(leaf: Leaf) -> str | None:
-    return f"{leaf.path}.bias" if leaf.bias else None
+def _read_number(owner: object, name: str) -> float | None:
+    try:
+        value = owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
+    except Exception:  # a heterogeneous config raises an error of its own for a per-layer attribute
+        return None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
 
 
 def _code_names(module: nn.Module) -> set[str]:
-    """Names that a module's forward uses, through its own methods one level down."""
-    cls, names, queue = type(module), set(), ["forward"]
+    """Names that a module's forward uses, its own methods included."""
+    cls, names, seen, queue = type(module), set(), set(), ["forward"]
     while queue:
-        function = getattr(cls, queue.pop(), None)
+        method = queue.pop()
+        function = getattr(cls, method, None)
         while hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         code = getattr(function, "__code__", None)
-        if code is None:
+        if code is None or method in seen:
             continue
-        new = set(code.co_names) - names
-        names |= new | set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-        queue += [name for name in new if not hasattr(nn.Module, name) and callable(getattr(cls, name, None))]
+        seen.add(method)
+        names |= set(code.co_names) | set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+        queue += [name for name in code.co_names if not hasattr(nn.Module, name) and callable(getattr(cls, name, None))]
     return names
 
 
 def _between_q_and_k(module: nn.Module) -> str | None:
-    """Why Q_hᵀK_h is not what the scores use, if something stands between."""
+    """Why Q_hᵀK_h may not be what the scores use, from names: what stands between."""
     for name, child in module.named_children():
         words = set(re.split(r"[_\W]+", name.lower()))
-        if "Norm" in type(child).__name__ and words & {"q", "k", "query", "key", "qk"}:
+        if ("Norm" in type(child).__name__ or "norm" in name) and words & {"q", "k", "query", "key", "qk"}:
             return f"{name} normalises queries and keys: the scores do not depend on the product's scale"
     names = _code_names(module)
-    if rotary := sorted(n for n in names if "rotary" in n or "rope" in n):
+    if rotary := sorted(n for n in names if re.search(r"rotary|rope|position_embeddings|freqs_cis|apply_rot", n)):
         return f"rotary positions ({rotary[0]}) stand between queries and keys"
-    if relative := sorted(n for n in names if re.search(r"distance_embedding|pos_bias_u|rel_pos|r_w_bias", n)):
+    relative = r"distance_embed|pos_bias|rel_pos|_r_bias|relative_k|pos_key"
+    if relative := sorted(n for n in names if re.search(relative, n)):
         return f"relative positions ({relative[0]}) are added to queries or keys"
     return None
 
 
 def _between_v_and_o(module: nn.Module) -> str | None:
-    """Why O_h V_h is not what the model applies, if something stands between."""
+    """Why O_h V_h may not be what the model applies, from names: what stands between."""
     for name, child in module.named_children():
         words = set(re.split(r"[_\W]+", name.lower()))
-        if "Norm" in type(child).__name__ and words & {"v", "value", "sub", "subln", "inner"}:
+        if "Norm" in type(child).__name__ and words & {"v", "value", "sub", "subln", "inner", "o"}:
             return f"{name} normalises between values and output"
-        if words & {"gate", "g"} and isinstance(child, nn.Linear):
+        if words & {"gate", "g"} and list(child.parameters()):
             return f"{name} gates what the output projection reads"
     return None

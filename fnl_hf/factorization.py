@@ -61,6 +61,11 @@ class HeadSlice:
         return heads.squeeze(repeats_dim) if self.repeats == 1 and self.heads else heads
 
     @property
+    def batch(self) -> tuple[int, ...]:
+        """The batch dimensions of what it reads."""
+        return self.heads if self.repeats == 1 and self.heads else (self.repeats, *self.heads)
+
+    @property
     def size(self) -> int:
         """How many heads it reads."""
         return self.repeats * prod(self.heads)

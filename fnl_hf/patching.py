@@ -1,10 +1,13 @@
 """`factorize` and its way back, `to_dense`; `summary` tells what is factorized, what is not and why."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .attention import find_attention
 from .config import FORMAT_VERSION, FNLConfig
@@ -12,9 +15,12 @@ from .factorization import HeadProduct, factorizations
 from .heads import HeadLinear, Product, install, swap
 from .initialization import initial_factors
 from .messages import say
+from .probe import ProbeError, Recording, Verification, example_inputs
+
+KEPT = "a narrower basis does not commute with a rotation, and only the heads of nn.Linear and Conv1D can be narrowed"
 
 
-def factorize(model: nn.Module, config: FNLConfig | None = None) -> nn.Module:
+def factorize(model: nn.Module, config: FNLConfig | None = None, verify: Mapping | None = None) -> nn.Module:
     """Make the products of a model's attention heads explicit, initialise them, and return the model.
 
     In place, and all or nothing: an error leaves the model as it was. At full rank the function of the model does not
@@ -23,6 +29,8 @@ def factorize(model: nn.Module, config: FNLConfig | None = None) -> nn.Module:
     Args:
         model: Any model with softmax attention.
         config: What to factorize and how; ``FNLConfig()`` if not given.
+        verify: Example inputs, as the model's forward takes them by keyword. Every product is then proven on them
+            first, and what fails is skipped. Without them, what structure leaves open is probed on made-up inputs.
 
     Raises:
         TypeError: ``config`` is not a `FNLConfig`.
@@ -33,7 +41,7 @@ def factorize(model: nn.Module, config: FNLConfig | None = None) -> nn.Module:
     if not isinstance(config, FNLConfig):
         raise TypeError(f"factorize got a {type(config).__name__} as config, expected a fnl_hf.FNLConfig")
     _refuse_factorized(model)
-    products, skipped = plan(model, config)
+    products, skipped = plan(model, config, verify)
     if not products:
         raise ValueError(_nothing_found(model, config, skipped))
     factors = []
@@ -53,19 +61,73 @@ def factorize(model: nn.Module, config: FNLConfig | None = None) -> nn.Module:
     return model
 
 
-def plan(model: nn.Module, config: FNLConfig) -> tuple[list[Product], list[dict]]:
-    """What ``factorize`` would do: the products with their ranks, and {"name", "kind", "reason"} of what is skipped."""
-    products, skipped = [], []
-    for site in find_attention(model):
-        for product in site.products:
-            if product.kind in config.attention:
-                products.append(replace(product, rank=config.head_rank_of(site.name, product.left.width)))
-        skipped += [
-            {"name": site.name, "kind": kind, "reason": reason}
-            for kind, reason in site.skipped
-            if kind in config.attention
-        ]
+def plan(
+    model: nn.Module, config: FNLConfig, inputs: Mapping | None = None
+) -> tuple[list[Product], list[dict[str, str]]]:
+    """What ``factorize`` would do: the products with their ranks, and {"name", "kind", "reason"} of what is skipped.
+
+    Where structure does not decide (fused layouts, rotary positions), or everywhere if ``inputs`` are given, the first
+    option of a site that the probe finds exact is taken.
+    """
+    sites = find_attention(model)
+    choices = [(site, slot) for site in sites for slot in config.attention if site.options[slot] or slot in site.doubts]
+    probed = [(site, slot) for site, slot in choices if inputs is not None or slot not in site.certain]
+    owners = {option.owner for site, slot in probed for option in site.options[slot]}
+    recording, obstacle = None, ""
+    if owners:
+        try:
+            recording = Recording(model, example_inputs(model) if inputs is None else inputs, owners)
+        except ProbeError as error:
+            if inputs is not None:
+                raise
+            obstacle = f"{error}; pass factorize(..., verify=example_inputs) to decide"
+    products, skipped, kept = [], [], []
+    for site, slot in choices:
+        if (site, slot) in probed:
+            product, reason = _probed(recording, site, slot, obstacle)
+        else:
+            product, reason = site.options[slot][0], None
+        if product is None:
+            skipped.append({"name": site.name, "kind": slot, "reason": reason})
+            continue
+        rank = config.head_rank_of(site.name, product.left.width)
+        if rank < product.left.width and not _narrows(model, product):
+            kept.append(product.kind)
+        else:
+            product = replace(product, rank=rank)
+        products.append(product)
+    if products and len(kept) == len(products):
+        raise ValueError(
+            f"head_rank is {config.head_rank}, but every product found ({', '.join(sorted(set(kept)))}) keeps its full "
+            f"rank: {KEPT}; leave head_rank at 1.0"
+        )
     return products, skipped
+
+
+def _narrows(model: nn.Module, product: Product) -> bool:
+    """Whether the heads of a product can have a lower rank: not under rotation, and only in ordinary leaves."""
+    leaves = [_submodule(model, product.leaf(side)) for side in (product.left, product.right)]
+    return product.rotary is None and all(type(leaf) in (nn.Linear, Conv1D) for leaf in leaves)
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a parameter of the attention module itself, such as in_proj_weight
+        return None
+
+
+def _probed(recording, site, slot: str, obstacle: str) -> tuple[Product | None, str | None]:
+    """The first option that is exact, or why there is none."""
+    verdict = None
+    for option in site.options[slot] if recording else ():
+        verdict = recording.verdict(option.owner, option.name, _as_declared(option))
+        if verdict.exact:
+            return option, None
+    doubt = site.doubts.get(slot, "")
+    if verdict is None:
+        return None, "; ".join(filter(None, (doubt, obstacle)))
+    return None, verdict.reason or doubt or "something stands between its projections: the output does not follow them"
 
 
 def attach(model: nn.Module, config: FNLConfig, products: list[Product], skipped: list[dict]) -> None:
@@ -73,12 +135,49 @@ def attach(model: nn.Module, config: FNLConfig, products: list[Product], skipped
     resolved = {"products": [product.to_dict() for product in products], "skipped": skipped}
     stored = replace(config, plan=resolved, format_version=FORMAT_VERSION)
     getattr(model, "config", model).quantization_config = stored
+    save_under_own_names(model)
 
 
 def attached(model: nn.Module) -> FNLConfig | None:
     """The config with its plan that ``factorize`` or loading left on a model, if it is factorized."""
     stored = getattr(getattr(model, "config", model), "quantization_config", None)
     return stored if isinstance(stored, FNLConfig) else None
+
+
+def verify(model: nn.Module, **example_inputs) -> Verification:
+    """Prove, product by product, that a model uses what ``factorizations`` says it uses.
+
+    A random change of basis inside a product must leave its attention's output where it was; the one-sided change must
+    move it. A dense model is probed for the products that ``factorize`` would declare.
+
+    Args:
+        example_inputs: What the model's forward takes, by keyword.
+
+    Raises:
+        ProbeError: The model does not run on these inputs.
+    """
+    declared = [
+        (name, f"{name}.{slot}" if name else slot, child)
+        for name, module in model.named_modules()
+        for slot, child in module.named_children()
+        if isinstance(child, HeadProduct)
+    ]
+    if not declared:
+        products, _ = plan(model, FNLConfig(), example_inputs)
+        declared = [(product.owner, product.name, _as_declared(product)) for product in products]
+    recording = Recording(model, example_inputs, {owner for owner, *_ in declared})
+    return Verification([recording.verdict(*product) for product in declared])
+
+
+def save_under_own_names(model: nn.Module) -> None:
+    """Where heads are narrow, keep ``save_pretrained`` from going back to names of older checkpoints.
+
+    Its conversions fuse, split and permute weights as if all heads had their full width. At full rank they are right.
+    """
+    if any(isinstance(module, HeadLinear) for module in model.modules()):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module._weight_conversions = []
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -96,6 +195,9 @@ def to_dense(model: nn.Module) -> nn.Module:
                 delattr(parent, name)
     if attached(model):
         del getattr(model, "config", model).quantization_config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and vars(module).get("_weight_conversions") == []:
+            del module._weight_conversions  # what `save_under_own_names` left
     return model
 
 
@@ -107,6 +209,7 @@ class Summary:
     skipped: list[dict]
     covered: int  # parameters that belong to a product
     parameters: int
+    notes: list[str]
 
     def headline(self) -> str:
         """One line: how many products of which kind, what they cover, how much was skipped."""
@@ -137,6 +240,7 @@ class Summary:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in [head, *table]
         ]
+        lines += self.notes
         lines += [f"skipped {s['name']} {s['kind']}: {s['reason']}" for s in self.skipped]
         return "\n".join([*lines, self.headline() if self.rows else "not factorized"])
 
@@ -154,23 +258,27 @@ def summary(model: nn.Module) -> Summary:
     }
     products = factorizations(model)
     for product in products:
-        left, *_, right = product.factors()
+        declaration, tensors = declarations[product.name], product.factors()
         rows.append(
             {
                 "name": product.name,
                 "kind": product.kind,
-                "heads": declarations[product.name].left.size,
-                "rank": left.shape[-1],
-                "head_dim": declarations[product.name].head_dim,
-                "shapes": f"{tuple(left.shape)} x {tuple(right.shape)}",
-                "parameters": left.numel() + right.numel(),
+                "heads": declaration.left.size,
+                "rank": declaration.left.width,
+                "head_dim": declaration.head_dim,
+                "shapes": " x ".join(str(tuple(tensor.shape)) for tensor in tensors),
+                "parameters": sum(tensor.numel() for tensor in tensors),
             }
         )
     stored = attached(model)
     skipped = stored.plan["skipped"] if stored else plan(model, FNLConfig())[1]
     covered = {parameter for product in products for parameter in product.parameters()}
     sizes = [sum(parameter.numel() for parameter in some) for some in (covered, model.parameters())]
-    return Summary(rows, skipped, *sizes)
+    full = [row["kind"] for row in rows if row["rank"] == row["head_dim"]]
+    notes = []
+    if stored is not None and stored.head_rank != 1.0 and full:
+        notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
+    return Summary(rows, skipped, *sizes, notes)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -196,10 +304,14 @@ def _nothing_found(model: nn.Module, config: FNLConfig, skipped: list[dict]) -> 
     return f"{type(model).__name__} has no product to factorize; asked for {wanted}: {why}"
 
 
+def _as_declared(product: Product) -> HeadProduct:
+    """The declaration of a product at full width."""
+    return HeadProduct(product.kind, product.left, product.right, product.left.width, product.rotary)
+
+
 def _as_found(model: nn.Module, product: Product):
     """The product in a model where nothing is declared yet."""
-    declaration = HeadProduct(product.kind, product.left, product.right, product.left.width, product.rotary)
-    return declaration.factorization(product.name, model.get_submodule(product.owner))
+    return _as_declared(product).factorization(product.name, model.get_submodule(product.owner))
 
 
 def _declared(model: nn.Module, product: Product):

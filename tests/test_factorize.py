@@ -1,6 +1,7 @@
 """factorize / to_dense on every common family: same function at full rank, best truncation below it."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.attention import find_attention
+from fnl_hf.factorization import HeadProduct
 from fnl_hf.patching import plan
+from fnl_hf.probe import Recording
 from tests.families import FAMILIES, build, output
 
 
@@ -24,10 +27,25 @@ def relative(a, b):
 
 def test_finds_both_products_of_every_attention(family):
     model, _ = build(family)
-    products = [p for site in find_attention(model) for p in site.products]
-    sites = FAMILIES[family][3]
-    assert [sum(p.kind == kind for p in products) for kind in ("qk", "ov")] == [sites, sites]
-    assert not any(site.skipped for site in find_attention(model))
+    sites = find_attention(model)
+    assert len(sites) == FAMILIES[family][3]
+    for site in sites:
+        assert site.certain == {"qk", "ov"} and not site.doubts
+        assert {slot: len(options) for slot, options in site.options.items()} == {"qk": 1, "ov": 1}
+
+
+def test_the_probe_finds_every_product_exact_and_a_wrong_one_not(family):
+    model, inputs = build(family)
+    proof = fnl_hf.verify(model, **inputs)
+    assert proof and len(proof.verdicts) == 2 * FAMILIES[family][3]
+    products, _ = plan(model, fnl_hf.FNLConfig())
+    wrong = products[-1]
+    shifted = replace(wrong.right, heads=(wrong.right.heads[0] // 2,), width=wrong.right.width * 2)
+    left = replace(wrong.left, heads=shifted.heads, width=shifted.width)
+    verdict = Recording(model, inputs, {wrong.owner}).verdict(
+        wrong.owner, wrong.name, HeadProduct(wrong.kind, left, shifted, shifted.width)
+    )
+    assert not verdict.exact and verdict.change > 1e-4
 
 
 def test_full_rank_keeps_the_function(family):
@@ -41,7 +59,9 @@ def test_full_rank_keeps_the_function(family):
         if all(view.bias is None for view in product.views):  # balance holds for the bias-augmented factors
             left, right = product.factors()
             assert_close(left.mT @ left, right @ right.mT, rtol=1e-3, atol=1e-4)
-            assert_close(product.form.nuclear_bound((left, right)), product.form.nuclear_norm((left, right)), rtol=1e-4, atol=0)
+            assert_close(
+                product.form.nuclear_bound((left, right)), product.form.nuclear_norm((left, right)), rtol=1e-4, atol=0
+            )
 
 
 def truncate_densely(model, rank_of):
@@ -167,7 +187,9 @@ def test_factors_are_live_views_and_matrix_is_their_product():
             parameter.mul_(2.0)
     assert_close(product.factors()[0], left)  # `left` saw the change: it is a view
     copied = copy.deepcopy(model)
-    assert {id(p) for f in fnl_hf.factorizations(copied) for p in f.parameters()} <= {id(p) for p in copied.parameters()}
+    assert {id(p) for f in fnl_hf.factorizations(copied) for p in f.parameters()} <= {
+        id(p) for p in copied.parameters()
+    }
 
 
 def test_summary_and_repr_show_the_products():

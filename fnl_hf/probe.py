@@ -1,0 +1,220 @@
+"""Proof on the user's own model that a found product *is* the product the model uses.
+
+A product is exact if a random change of basis inside it (A G and G⁻¹ B, biases carried along; for rotary heads only
+what commutes with the rotation) leaves the attention's output where it was, while the one-sided change moves it.
+
+One forward of the model records what each attention module is called with; the modules are then replayed alone, in
+float64, so that a probe costs milliseconds and tells rounding from a wrong layout.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .factorization import Factorization, HeadProduct
+
+TOLERANCE = 1e-5  # of the change that the one-sided control makes
+
+
+class ProbeError(ValueError):
+    """The model could not be run on the inputs at hand."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a probe found: relative changes of the output under the two-sided and the one-sided change of basis."""
+
+    name: str
+    kind: str
+    change: float | None
+    control: float | None
+    reason: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """True if the output stays and the control moves it."""
+        return self.reason is None and self.control > 1e-10 and self.change < TOLERANCE * self.control
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name} {self.kind}: not probed, {self.reason}"
+        word = "exact" if self.exact else "NOT EXACT"
+        return f"{self.name} {self.kind}: {word} (changes by {self.change:.1e}, one-sided by {self.control:.1e})"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` returns: a `Verdict` per product. True if every product is exact; print it for the table."""
+
+    verdicts: list[Verdict]
+
+    def __bool__(self) -> bool:
+        return bool(self.verdicts) and all(verdict.exact for verdict in self.verdicts)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.verdicts)) or "no product to verify"
+
+    __repr__ = __str__
+
+
+class Recording:
+    """The calls that the executed modules of a model received in one forward, and their replay in float64."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], owners: Iterable[str]):
+        self._model = model
+        self._replayed: dict[str, tuple[nn.Module, Tensor]] = {}
+        ancestors = {name for owner in owners for name in _lineage(owner)}
+        self._calls = _record(model, inputs, ancestors)
+
+    def verdict(self, owner: str, name: str, declaration: HeadProduct) -> Verdict:
+        """Probe one product of the recorded model, declared (or to be declared) in the module ``owner``."""
+        executed = next((ancestor for ancestor in _lineage(owner) if ancestor in self._calls), None)
+        if executed is None:
+            return Verdict(name, declaration.kind, None, None, "its module is not executed on these inputs")
+        try:
+            module, reference = self._replica(executed)
+            below = owner.removeprefix(executed).removeprefix(".")
+            product = declaration.factorization(name, module.get_submodule(below))
+            change, control = (self._moved(executed, module, reference, product, sides) for sides in (2, 1))
+        except Exception as error:  # any user model may stand here; what it raised is the reason to report
+            return Verdict(name, declaration.kind, None, None, f"its module does not replay alone: {error}")
+        return Verdict(name, declaration.kind, change, control)
+
+    def _replica(self, name: str) -> tuple[nn.Module, Tensor]:
+        if name not in self._replayed:
+            self._replayed.clear()  # one module at a time: a float64 copy of a large one is large
+            module = copy.deepcopy(self._model.get_submodule(name)).double().requires_grad_(False)
+            self._replayed[name] = module, self._run(name, module)
+        return self._replayed[name]
+
+    def _run(self, name: str, module: nn.Module) -> Tensor:
+        args, kwargs = copy.deepcopy(self._calls[name])
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _first_tensor(module(*args, **kwargs))
+
+    def _moved(self, name, module, reference, product: Factorization, sides: int) -> float:
+        """The relative change of the output when the first ``sides`` factors of each pair get the new basis."""
+        original = [tensor.clone() for tensor in product.augmented()]
+        changed = product.form.change_basis(original, torch.Generator().manual_seed(0))
+        try:
+            pairs = enumerate(zip(changed, original, strict=True))
+            product.write([new if i % 2 < sides else old for i, (new, old) in pairs])
+            output = self._run(name, module)
+        finally:
+            product.write(original)
+        return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+
+
+def example_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Small inputs made up from a Hugging Face model's config, for a probe where the user gave none.
+
+    Raises:
+        ProbeError: The kind of input is not known.
+    """
+    config = getattr(model, "config", None)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length):
+        vocabulary = _config_number(config, "vocab_size", "src_vocab_size") or 32
+        return torch.randint(min(5, vocabulary - 1), vocabulary, (1, length), generator=generator).to(device)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
+
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids":
+        inputs = {"input_ids": ids(9)}
+    elif main == "pixel_values":
+        size = _config_number(config, "image_size") or 32
+        inputs = {"pixel_values": noise(1, _config_number(config, "num_channels") or 3, size, size)}
+    elif main == "input_features":
+        mels = _config_number(config, "num_mel_bins", "feature_size") or 80
+        inputs = {"input_features": noise(1, mels, 2 * (_config_number(config, "max_source_positions") or 50))}
+    elif main == "input_values":
+        inputs = {"input_values": noise(1, 4000)}
+    else:
+        raise ProbeError(f"no example inputs are known for {type(model).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids(6)
+    return inputs
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _lineage(name: str) -> list[str]:
+    """A module's name and its ancestors', nearest first."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+
+
+def _record(model: nn.Module, inputs: Mapping[str, Any], names: set[str]) -> dict[str, tuple[tuple, dict]]:
+    """module name -> (args, kwargs) of its first call, tensors in float64 and detached."""
+    calls, handles, modes = {}, [], {module: module.training for module in model.modules()}
+
+    def recorder(name):
+        def hook(module, args, kwargs):
+            if name not in calls:
+                calls[name] = _doubled(args), _doubled(kwargs)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in names:
+            handles.append(module.register_forward_pre_hook(recorder(name), with_kwargs=True))
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model(**inputs)
+    except Exception as error:  # any model, any inputs: what it raised is what the user needs to know
+        raise ProbeError(f"{type(model).__name__} does not run on {', '.join(inputs)}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return calls
+
+
+def _doubled(value: Any) -> Any:
+    """Detached copies, floating-point tensors as float64, through containers; caches and other objects are copied."""
+    if isinstance(value, Tensor):
+        value = value.detach().clone()
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_doubled, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_doubled, value))
+    if isinstance(value, dict):
+        return {key: _doubled(item) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The main output: the first floating-point tensor."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return next(_first_tensor(value) for value in values if isinstance(value, (tuple, list, Mapping)))
+
+
+def _config_number(config: object, *names: str) -> int | None:
+    """The first of these attributes on a config or one of its sub-configs."""
+    owners = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
+    for owner in owners:
+        for name in names:
+            value = getattr(owner, name, None)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
