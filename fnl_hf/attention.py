@@ -31,7 +31,8 @@ _ROLES = {
     "q_b": {"q_b"},
     "kv_b": {"kv_b"},
 }
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead")
+_UNCOUNTED = "the number of heads is not to be found on the module or its config"
 
 
 @dataclass(frozen=True)
@@ -84,29 +85,39 @@ def _site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     if not _looks_like_attention(module, roles):
         return None
     site, heads = Site(name), _head_counts(module)
-    if not heads:
-        site.doubts = dict.fromkeys(("qk", "ov"), "the number of heads is not to be found on the module or its config")
-        return site
     outputs = list(_output_candidates(model, name, module))
-    layouts = next(filter(None, (_layouts(module, roles, count, outputs) for count in heads)), [])
+    layouts = [layout for count in heads or [1] for layout in _layouts(module, roles, count, outputs)]
+    if not heads:
+        site.doubts = dict.fromkeys(("qk", "ov"), _UNCOUNTED)
     if not layouts:
         # Projections whose shapes do not close are something else; with an output beside them, worth a word.
         if outputs and roles.keys() & {"qkv", "q"}:
             site.doubts = dict.fromkeys(("qk", "ov"), "the shapes of its projections do not close into heads")
             return site
         return None
+    layouts = [_with_own_biases(module, layout) for layout in layouts]
     _offer_qk(site, module, layouts)
     _offer_ov(site, module, layouts, outputs)
-    fused = len(layouts) > 1
-    site.certain = {slot for slot in ("qk", "ov") if site.options[slot] and slot not in site.doubts and not fused}
+    if len(layouts) == 1 and not site.doubts and _explained(module, layouts[0], site):
+        site.certain = {slot for slot in ("qk", "ov") if site.options[slot]}
     return site
+
+
+def _explained(module: nn.Module, layout: _Layout, site: Site) -> bool:
+    """Whether every parameter of an attention module belongs to its projections: none is left to do something else."""
+    names = {side.weight for side in (layout.q, layout.k, layout.v)} | {
+        side.bias for side in (layout.q, layout.k, layout.v)
+    }
+    names |= {product.left.weight for product in site.options["ov"] if product.owner == site.name}
+    known = names | {f"{name.removesuffix('weight')}bias" for name in names if name}
+    return {name for name, _ in module.named_parameters()} <= known
 
 
 def _looks_like_attention(module: nn.Module, roles: dict[str, Leaf]) -> bool:
     found = {"q", "k", "v"} <= roles.keys() or "qkv" in roles or {"q", "kv"} <= roles.keys() or "kv_b" in roles
     # Linear attention and state-space mixers wear the same names, but have a short convolution or a decay.
-    recurrent = any(hasattr(module, name) for name in ("conv1d", "A_log", "dt_bias", "dt_proj", "conv"))
-    return found and not recurrent and ("qkv" not in roles or _head_counts(module) != [])
+    recurrent = any(hasattr(module, name) for name in ("conv1d", "A_log", "dt_bias"))
+    return found and not recurrent and ("qkv" not in roles or bool(_head_counts(module)))
 
 
 # -- layouts -----------------------------------------------------------------------------------------
@@ -184,6 +195,17 @@ def _latent(module: nn.Module, q: Leaf, kv_b: Leaf, heads: int) -> list[_Layout]
     return [_Layout(q.rows((), nope, **place), kv_b.rows((), nope, **place), value)]
 
 
+def _with_own_biases(module: nn.Module, layout: _Layout) -> _Layout:
+    """Biases that are parameters of the attention module itself (DeBERTa's q_bias and v_bias)."""
+
+    def with_bias(role: str) -> HeadSlice:
+        side, bias = getattr(layout, role), getattr(module, f"{role}_bias", None)
+        own = side.bias is None and isinstance(bias, nn.Parameter) and bias.numel() == side.size * side.width
+        return replace(side, bias=f"{role}_bias") if own else side
+
+    return _Layout(*map(with_bias, ("q", "k", "v")))
+
+
 def _batches(heads: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Batch shapes of the query side and of the shared side."""
     return ((heads,), (heads,)) if groups == heads else ((groups, heads // groups), (groups, 1))
@@ -242,7 +264,7 @@ def _roles(module: nn.Module) -> dict[str, Leaf]:
     """role -> projection among the children of a module; the first of a role wins."""
     roles: dict[str, Leaf] = {}
     for name, child in module.named_children():
-        if (role := _role(name)) and (leaf := _leaf(module, name, child, role)):
+        if (role := _role(name)) and (leaf := _leaf(name, child)):
             roles.setdefault(role, leaf)
     fused = getattr(module, "in_proj_weight", None)
     if isinstance(module, nn.MultiheadAttention) and fused is not None:
@@ -259,19 +281,17 @@ def _role(name: str) -> str | None:
     return next((role for role, names in _ROLES.items() if rest in names), None)
 
 
-def _leaf(owner: nn.Module, path: str, module: nn.Module, role: str | None = None) -> Leaf | None:
+def _leaf(path: str, module: nn.Module) -> Leaf | None:
     """The projection that a child is, or that it thinly wraps (a Sequential of one Linear and a Dropout)."""
     if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
         transposed = isinstance(module, Conv1D)
         out, inp = reversed(module.weight.shape) if transposed else module.weight.shape
         bias = f"{path}.bias" if module.bias is not None else None
-        if bias is None and role and isinstance(getattr(owner, f"{role}_bias", None), nn.Parameter):
-            bias = f"{role}_bias"  # a bias that is a parameter of the attention module itself
         return Leaf(f"{path}.weight", bias, out, inp, transposed)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and set(module.kernel_size) == {1} and module.groups == 1:
         bias = f"{path}.bias" if module.bias is not None else None
         return Leaf(f"{path}.weight", bias, module.out_channels, module.in_channels, convolution=True)
-    leaves = [leaf for name, child in module.named_children() if (leaf := _leaf(module, f"{path}.{name}", child))]
+    leaves = [leaf for name, child in module.named_children() if (leaf := _leaf(f"{path}.{name}", child))]
     thin = isinstance(module, (nn.ModuleList, nn.Sequential)) or len(list(module.parameters())) <= 2
     return leaves[0] if thin and len(leaves) == 1 else None
 
@@ -286,19 +306,22 @@ def _output_candidates(model: nn.Module, name: str, module: nn.Module) -> Iterat
         for child_name, child in ancestor.named_children():
             if _role(child_name) != "o" or (up and child_name == parts[len(parts) - up]):
                 continue
-            if leaf := _leaf(ancestor, child_name, child):
+            if leaf := _leaf(child_name, child):
                 yield up, leaf
             elif up:  # BERT's output.dense
                 for grandchild_name, grandchild in child.named_children():
-                    leaf = _leaf(child, f"{child_name}.{grandchild_name}", grandchild)
+                    leaf = _leaf(f"{child_name}.{grandchild_name}", grandchild)
                     if leaf and _role(grandchild_name) == "o":
                         yield up, leaf
 
 
 def _head_counts(module: nn.Module) -> list[int]:
-    """Candidates for the number of query heads: the module's word before its config's."""
-    owners = (module, getattr(module, "config", None))
-    return list(dict.fromkeys(n for owner in owners for name in _HEAD_COUNTS if (n := _read_number(owner, name))))
+    """Candidates for the number of query heads: the module's own, else those of its config."""
+    for owner in (module, getattr(module, "config", None)):
+        counts = [n for name in _HEAD_COUNTS if isinstance(n := _read_number(owner, name), int)]
+        if counts:
+            return list(dict.fromkeys(counts))
+    return []
 
 
 def _first_number(module: nn.Module, names: tuple[str, ...]) -> float | None:
@@ -342,7 +365,7 @@ def _between_q_and_k(module: nn.Module) -> str | None:
     names = _code_names(module)
     if rotary := sorted(n for n in names if re.search(r"rotary|rope|position_embeddings|freqs_cis|apply_rot", n)):
         return f"rotary positions ({rotary[0]}) stand between queries and keys"
-    relative = r"distance_embed|pos_bias|rel_pos|_r_bias|relative_k|pos_key"
+    relative = r"distance_embed|pos_bias|position_bias|rel_pos|_r_bias|relative_k|pos_key"
     if relative := sorted(n for n in names if re.search(relative, n)):
         return f"relative positions ({relative[0]}) are added to queries or keys"
     return None

@@ -47,7 +47,9 @@ class HeadSlice:
         return self._split(matrix, 0)
 
     def read_bias(self, bias: Tensor) -> Tensor:
-        """A tensor shaped like the bias, (out,), as (*batch, width)."""
+        """A tensor shaped like the bias, (out,), as (*batch, width); it may be of this projection alone."""
+        if bias.numel() == self.size * self.width:
+            return bias.unflatten(0, (*self.batch, self.width))
         return self._split(bias, 0)
 
     def _split(self, tensor: Tensor, dim: int) -> Tensor:

@@ -106,8 +106,12 @@ def plan(
 
 def _narrows(model: nn.Module, product: Product) -> bool:
     """Whether the heads of a product can have a lower rank: not under rotation, and only in ordinary leaves."""
-    leaves = [_submodule(model, product.leaf(side)) for side in (product.left, product.right)]
-    return product.rotary is None and all(type(leaf) in (nn.Linear, Conv1D) for leaf in leaves)
+    if product.rotary is not None:
+        return False
+    sides = (product.left, product.right)
+    if any(side.bias and side.bias.rpartition(".")[0] != side.weight.rpartition(".")[0] for side in sides):
+        return False  # a bias outside the leaf would keep its old width
+    return all(type(_submodule(model, product.leaf(side))) in (nn.Linear, Conv1D) for side in sides)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -13,18 +13,19 @@ import collections
 import contextlib
 import json
 import logging
+import re
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from tiny_models import NotBuilt, build, model_types
+from tiny_models import NotBuilt, build, model_types, outputs
 from torch import nn
 
 import fnl_hf
 from fnl_hf.attention import find_attention
 from fnl_hf.patching import plan
-from fnl_hf.probe import ProbeError, Recording
+from fnl_hf.probe import UNREACHED, Recording
 
 
 @contextlib.contextmanager
@@ -60,21 +61,27 @@ def watching_softmax(model):
             handle.remove()
 
 
+def has_queries(module):
+    """Whether a module that ran a softmax holds something named like queries, keys or values of its own.
+
+    Routers, deformable attention (whose weights come from one projection) and pooling by a learned score do not.
+    """
+    names = [name for name, _ in module.named_children()] + [name for name, _ in module.named_parameters(recurse=False)]
+    parts = [set(re.split(r"[_\W]+", name.lower())) for name in names]
+    return any(words & {"q", "query", "qkv", "queries", "qk"} for words in parts)
+
+
 def survey(model_type):
     """What we claim of one model type and what the probe says of it, as a JSON-ready dict."""
     model, inputs = build(model_type)
-    with watching_softmax(model) as executed, torch.no_grad():
-        model(**inputs)
+    with watching_softmax(model) as executed:
+        outputs(model, inputs)
     sites = find_attention(model)
-    row = {"executed": sorted(executed), "products": [], "skipped": [], "missed": [], "wrong": []}
-    names = [site.name for site in sites]
-    row["missed"] = sorted(
-        {
-            f"{type(model.get_submodule(name)).__name__} ({name})"
-            for name in executed
-            if not any(name == site or name.startswith(f"{site}.") or site.startswith(f"{name}.") or not site for site in names)
-        }
-    )
+    row = {"executed": sorted(executed), "products": [], "skipped": [], "missed": [], "other": [], "wrong": []}
+    for name in sorted(executed):
+        if not any(name == site.name or name.startswith(f"{site.name}.") for site in sites):
+            module = model.get_submodule(name)
+            row["missed" if has_queries(module) else "other"].append(f"{type(module).__name__} ({name})")
     everything = fnl_hf.FNLConfig()
     claimed, _ = plan(model, everything)
     proven, skipped = plan(model, everything, inputs)
@@ -82,11 +89,13 @@ def survey(model_type):
     for product in claimed:
         declaration = fnl_hf.HeadProduct(product.kind, product.left, product.right, product.left.width, product.rotary)
         verdict = recording.verdict(product.owner, product.name, declaration)
-        if not verdict.exact and not (verdict.reason or "").startswith("its module is not executed"):
+        if not verdict.exact and verdict.reason != UNREACHED:
             row["wrong"].append(str(verdict))
     kinds = {product.name: product.kind for product in proven}
     claimed_kinds = {product.name: product.kind for product in claimed}
-    row["products"] = [{"name": name, "kind": kind, "unasked": claimed_kinds.get(name) == kind} for name, kind in kinds.items()]
+    row["products"] = [
+        {"name": name, "kind": kind, "unasked": claimed_kinds.get(name) == kind} for name, kind in kinds.items()
+    ]
     row["skipped"] = skipped
     return row
 
@@ -100,7 +109,7 @@ def examined(types, quiet):
             rows[model_type] = survey(model_type)
         except NotBuilt as error:
             rows[model_type] = {"not built": str(error)}
-        except (ProbeError, Exception) as error:  # a surprise of ours must show in the table, not end it
+        except Exception as error:  # a surprise of ours must show in the table, not end it
             rows[model_type] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         rows[model_type]["seconds"] = round(time.time() - start, 2)
         if not quiet:
@@ -120,16 +129,21 @@ def report(rows):
         rotary = [r for r in having if any(p["kind"] == f"rotary-{slot}" for p in r["products"])]
         unasked = [r for r in having if all(p["unasked"] for p in r["products"] if slot in p["kind"])]
         lines.append(
-            f"{slot}: exact in {len(having)} types" + (f" ({len(rotary)} rotary)" if rotary else "")
+            f"{slot}: exact in {len(having)} types"
+            + (f" ({len(rotary)} rotary)" if rotary else "")
             + f", of these all found without example inputs in {len(unasked)}"
         )
     clean = [t for t, r in attention.items() if not r["wrong"] and not r["missed"]]
     lines.append(f"every product proven or skipped with a reason in {len(clean)} of {len(attention)} types")
     reasons = collections.Counter(
-        f"{s['kind']}: {s['reason'].split(' (')[0][:100]}" for r in attention.values() for s in {
-            (s["kind"], s["reason"]): s for s in r["skipped"]}.values()
+        f"{s['kind']}: {s['reason'].split(' (')[0][:100]}"
+        for r in attention.values()
+        for s in {(s["kind"], s["reason"]): s for s in r["skipped"]}.values()
     )
     lines += [f"  {count:4d} types skip {reason}" for reason, count in reasons.most_common()]
+    lines.append(
+        f"{sum(bool(r['other']) for r in attention.values())} types run a softmax without queries (routers, …)"
+    )
     for key in ("wrong", "missed"):
         lines += [f"{key} {t}: {'; '.join(r[key][:3])}" for t, r in attention.items() if r[key]]
     lines += [f"error {t}: {r['error']}" for t, r in rows.items() if "error" in r]

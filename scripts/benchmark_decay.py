@@ -20,13 +20,14 @@ from transformers import BertConfig, BertForMaskedLM
 import fnl_hf
 from fnl_hf.algebra import chain
 from fnl_hf.decay import decay_step
+from fnl_hf.initialization import initial_factors
 
 
 def timed(function, repeats: int, warmup: int = 1) -> float:
     """Median seconds of a call."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
-    for i in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         synchronize()
         start = time.perf_counter()
         function()
@@ -123,7 +124,7 @@ def main():
         "loop over heads": timed(per_head_loop(products), 5),
         "autograd through d x d products": timed(autograd_penalty(products), 3),
         "spectral init of all products": timed(
-            lambda: [fnl_hf.initialization.initial_factors(p, p.tensors()[0].shape[-1], "spectral") for p in products], 3
+            lambda: [initial_factors(product, product.tensors()[0].shape[-1], "spectral") for product in products], 3
         ),
         "SVD of each d x d product": timed(svd_of_each_product(products), 1, warmup=0),
     }

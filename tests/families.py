@@ -54,7 +54,9 @@ FAMILIES = {
     "m2m_100": (lambda: tf.M2M100Config(**BART), tf.M2M100Model, SEQ2SEQ, 5),
     "pegasus": (lambda: tf.PegasusConfig(**BART), tf.PegasusModel, SEQ2SEQ, 5),
     "t5": (
-        lambda: tf.T5Config(d_model=32, d_kv=6, d_ff=40, num_layers=2, num_decoder_layers=1, num_heads=4, vocab_size=50),
+        lambda: tf.T5Config(
+            d_model=32, d_kv=6, d_ff=40, num_layers=2, num_decoder_layers=1, num_heads=4, vocab_size=50,
+        ),
         tf.T5Model, SEQ2SEQ, 4,
     ),
     "gpt2": (

@@ -19,7 +19,8 @@ def llama(dtype=torch.float32, **changes):
     torch.manual_seed(0)
     config = LlamaConfig(**{
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "intermediate_size": 40, "vocab_size": 50, "attention_bias": True, "bos_token_id": 0, "eos_token_id": 1, **changes,
+        "intermediate_size": 40, "vocab_size": 50, "attention_bias": True, "bos_token_id": 0, "eos_token_id": 1,
+        **changes,
     })  # fmt: skip
     model = LlamaModel(config).eval()
     with torch.no_grad():

@@ -36,8 +36,15 @@ def make_model(model_type):
     if model_type == "gpt2":
         return tf.GPT2LMHeadModel(
             tf.GPT2Config(
-                n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=2,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                vocab_size=50,
+                bos_token_id=0,
+                eos_token_id=2,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
             )  # fmt: skip
         )
     if model_type == "t5":
@@ -70,7 +77,9 @@ def train(model, tmp_path, rows, **arguments):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("model_type", ["marian", "bart", "t5", "bert", "gpt2"])
 def test_accumulation_gives_the_same_update(model_type, smoothing, tmp_path):
-    start = fnl_hf.factorize(make_model(model_type), fnl_hf.FNLConfig()).double()  # so that p - q is exact; models compute losses in float32
+    start = fnl_hf.factorize(
+        make_model(model_type), fnl_hf.FNLConfig()
+    ).double()  # so that p - q is exact; models compute losses in float32
     rows, results = examples(model_type), []
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
         model = copy.deepcopy(start)
@@ -78,7 +87,9 @@ def test_accumulation_gives_the_same_update(model_type, smoothing, tmp_path):
             model, tmp_path, rows, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
             frobenius_decay=0.05, label_smoothing_factor=smoothing,
         )  # fmt: skip
-        results.append({n: p.detach() - q.detach() for (n, p), q in zip(model.named_parameters(), start.parameters())})
+        results.append(
+            {n: p.detach() - q.detach() for (n, p), q in zip(model.named_parameters(), start.parameters(), strict=True)}
+        )
     scale = max(update.norm() for update in results[0].values())
     for other in results[1:]:
         for name, update in results[0].items():
@@ -111,7 +122,9 @@ def test_coupled_decay_is_inside_the_clip(tmp_path):
 
 def test_auto_decouples_adamw(tmp_path):
     """AdamW's own step does not see the decay: the difference of two runs is the decoupled term alone."""
-    start = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig()).double()  # so that p - q is exact; models compute losses in float32
+    start = fnl_hf.factorize(
+        make_model("bert"), fnl_hf.FNLConfig()
+    ).double()  # so that p - q is exact; models compute losses in float32
     rows, models = examples("bert"), []
     for decay in (0.0, 0.5):
         model = copy.deepcopy(start)
