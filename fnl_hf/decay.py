@@ -62,6 +62,18 @@ def add_decay_gradients(products: Iterable[Factorization], coefficient: float) -
 
 
 @torch.no_grad()
+def decay_terms(products: Iterable[Factorization], coefficient: float) -> dict[torch.Tensor, torch.Tensor]:
+    """parameter -> ``coefficient`` · gradient of ½ Σ squared_norm, every term of the factors as they are now."""
+    terms: dict[torch.Tensor, torch.Tensor] = {}
+    for product in products:
+        for view, gradient in product.decay_gradients():
+            if view.parameter not in terms:
+                terms[view.parameter] = torch.zeros_like(view.parameter)
+            view.read(terms[view.parameter]).add_(gradient, alpha=coefficient)
+    return terms
+
+
+@torch.no_grad()
 def decay_step(products: Iterable[Factorization], optimizer: torch.optim.Optimizer, coefficient: float) -> None:
     """Decoupled decay: factor ← factor − lr · coefficient · gradient, every factor from the old ones.
 

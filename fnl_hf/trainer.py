@@ -1,16 +1,25 @@
 """`Trainer` and `Seq2SeqTrainer` with Frobenius decay, exact under gradient accumulation."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
 
 import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from .decay import add_decay_gradients, check_coefficient, decay_step, decayed
+from .decay import add_decay_gradients, check_coefficient, decay_step, decay_terms, decayed
 from .factorization import factorizations
 from .messages import say
+from .optim import NAG, Lamb
 
 _MODES = ("auto", "coupled", "decoupled")
+_OPTIMIZERS = ("lamb", "nag")
+# name -> share of the coefficient at a share of the run
+_SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
+}
 
 
 @dataclass
@@ -36,12 +45,34 @@ class _FNLArguments:
         },
     )
 
+    frobenius_decay_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "The coefficient over the run: constant, or down to 0 by a line or a cosine.",
+            "choices": _SCHEDULES,
+        },
+    )
+    fnl_optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "An optimizer beside those of --optim. lamb: with decoupled decay FLAMBé, with coupled decay the "
+            "paper's LAMB + FD; betas and epsilon from adam_*. nag: fairseq's Nesterov momentum (0.99, or "
+            "--optim_args momentum=...).",
+            "choices": _OPTIMIZERS,
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.frobenius_decay is not None:
             check_coefficient(self.frobenius_decay, "frobenius_decay")
-        if self.frobenius_decay_mode not in _MODES:
-            raise ValueError(f"frobenius_decay_mode is {self.frobenius_decay_mode!r}, expected one of {_MODES}")
+        for name, known in (
+            ("frobenius_decay_mode", _MODES),
+            ("frobenius_decay_schedule", tuple(_SCHEDULES)),
+            ("fnl_optim", (None, *_OPTIMIZERS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
 
 
 @dataclass
@@ -63,13 +94,18 @@ class FNLTrainerMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, _FNLArguments):
+            raise TypeError(
+                f"{type(self).__name__} got {type(self.args).__name__} as args, expected FNLTrainingArguments or "
+                "FNLSeq2SeqTrainingArguments"
+            )
         # Many models accept **kwargs but ignore num_items_in_batch and return a mean, and the stock Trainer then takes
         # the sum over micro-batches for their mean: N times the gradient, against an unchanged decay. So models are
         # always asked for their mean, and compute_loss weights it by the number of labels behind it.
         self._weights_loss = self.compute_loss_func is None and self.args.n_gpu <= 1
         if self._weights_loss:
             self.model_accepts_loss_kwargs = False
-        self._decay_hook = None
+        self._decays = None  # the optimizer that decay is set up for
 
     # -- decay ------------------------------------------------------------------------------------------
 
@@ -77,6 +113,11 @@ class FNLTrainerMixin:
     def frobenius_coefficient(self) -> float:
         """λ of the Frobenius decay: ``frobenius_decay``, or ``weight_decay`` where that is not given."""
         return self.args.weight_decay if self.args.frobenius_decay is None else self.args.frobenius_decay
+
+    def _coefficient_now(self) -> float:
+        """λ at this step of the run, by the schedule."""
+        done = min(1.0, self.state.global_step / max(1, self.state.max_steps))
+        return self.frobenius_coefficient * _SCHEDULES[self.args.frobenius_decay_schedule](done)
 
     def _decayed_products(self):
         return decayed(self.model, self.args.frobenius_decay_kinds) if self.frobenius_coefficient else []
@@ -87,11 +128,26 @@ class FNLTrainerMixin:
         under_frobenius = {name for name, parameter in model.named_parameters() if parameter in covered}
         return [name for name in super().get_decay_parameter_names(model) if name not in under_frobenius]
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        """As in `Trainer`, and LAMB and NAG for ``fnl_optim``."""
+        if args.fnl_optim == "lamb":
+            return Lamb, {
+                "lr": args.learning_rate,
+                "betas": (args.adam_beta1, args.adam_beta2),
+                "eps": args.adam_epsilon,
+            }
+        if args.fnl_optim == "nag":
+            pairs = (pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
+            return NAG, {"lr": args.learning_rate, **{name: float(value) for name, value in pairs}}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
     def create_optimizer(self, *args, **kwargs):
         """As in `Trainer`; sets Frobenius decay up and says once what is decayed how."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._decay_hook is None:
+        if self._decays is not optimizer:
             self._set_up_decay(optimizer)
+            self._decays = optimizer
         return optimizer
 
     def _set_up_decay(self, optimizer) -> None:
@@ -114,11 +170,13 @@ class FNLTrainerMixin:
                 )
         mode = self.args.frobenius_decay_mode
         if mode == "auto":
-            mode = "coupled" if isinstance(optimizer, torch.optim.SGD) else "decoupled"
+            mode = "coupled" if isinstance(optimizer, (torch.optim.SGD, NAG)) else "decoupled"
         self._couples_decay = mode == "coupled"
-        if products and mode == "decoupled":
-            self._decay_hook = optimizer.register_step_pre_hook(
-                lambda optimizer, *_: decay_step(self._decayed_products(), optimizer, self.frobenius_coefficient)
+        if products and mode == "decoupled" and isinstance(optimizer, Lamb):
+            optimizer.frobenius = lambda: decay_terms(self._decayed_products(), self._coefficient_now())
+        elif products and mode == "decoupled":
+            optimizer.register_step_pre_hook(
+                lambda optimizer, *_: decay_step(self._decayed_products(), optimizer, self._coefficient_now())
             )
         l2 = sum(len(group["params"]) for group in optimizer.param_groups if group.get("weight_decay"))
         total = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -137,7 +195,7 @@ class FNLTrainerMixin:
             # Under fp16 the gradients here are still scaled, by a power of two: scaling the decay alike is exact.
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
-            add_decay_gradients(self._decayed_products(), self.frobenius_coefficient * scale)
+            add_decay_gradients(self._decayed_products(), self._coefficient_now() * scale)
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

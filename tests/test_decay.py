@@ -5,8 +5,9 @@ import torch
 from torch.testing import assert_close
 
 import fnl_hf
-from fnl_hf.decay import decay_step
+from fnl_hf.decay import decay_step, decay_terms
 from fnl_hf.factorization import HeadProduct, HeadSlice
+from fnl_hf.optim import NAG, Lamb
 from tests.families import FAMILIES, build
 
 # The papers' integer vector: d = 3, two heads of width 2 (METHODS 6).
@@ -128,6 +129,46 @@ def test_decoupled_adamw_vector(fused):
         [0.0989999000001, -0.8940000999999], [0.891000019999996, 0.8950000333333222],
     ]  # fmt: skip
     assert_close(model.v.weight.data.mT, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_flambe_and_lamb_vectors():
+    expected = [
+        [0.7961613413392211, 1.8016213070354812], [-0.1874587312388811, 0.9945400343037399],
+        [2.79070149697537, -1.0109199313925201],
+    ]  # fmt: skip
+    model = OneProduct()
+    flambe = Lamb(model.parameters(), lr=0.1, eps=1e-6)
+    flambe.frobenius = lambda: decay_terms(fnl_hf.factorizations(model), 0.01)
+    flambe.step()
+    assert_close(model.u.weight.data, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    expected = [
+        [0.8782121547575726, 0.001107162373263913], [2.089680115328977, 0.884855168538644],
+        [0.10960896423700078, -0.8826408991501519], [0.8793193234574765, 0.8837479877126893],
+    ]  # fmt: skip
+    assert_close(model.v.weight.data.mT, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    expected = [
+        [0.8010020815589, 1.7990318044884348], [-0.1970276085327111, 0.9980297229295348],
+        [2.797061658769599, -0.9980297229295348],
+    ]  # fmt: skip
+    model = OneProduct()
+    Lamb(model.parameters(), lr=0.1, eps=1e-6, weight_decay=0.01).step()
+    assert_close(model.u.weight.data, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_nag_is_torchs_nesterov_at_a_constant_rate_and_rescales_its_velocity():
+    start, gradients = torch.randn(4).double(), torch.randn(5, 4).double()
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    nag = NAG([ours], lr=0.1, momentum=0.9)
+    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, nesterov=True)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        nag.step()
+        sgd.step()
+    assert_close(ours, theirs)
+    velocity = nag.state[ours]["velocity"].clone()
+    nag.param_groups[0]["lr"], ours.grad = 0.05, torch.zeros(4).double()
+    nag.step()
+    assert_close(nag.state[ours]["velocity"], 0.9 * 0.5 * velocity)
 
 
 def test_balanced_singular_values_shrink_by_the_closed_form():

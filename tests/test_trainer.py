@@ -212,3 +212,44 @@ def test_resumed_equals_uninterrupted(tmp_path):
         trainer.train(resume_from_checkpoint=resume)
         for p, q in zip(model.parameters(), whole.parameters(), strict=True):
             assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mode", "said"),
+    [
+        ({"fnl_optim": "lamb"}, "auto", "(decoupled"),
+        ({"fnl_optim": "lamb"}, "coupled", "(coupled"),
+        ({"fnl_optim": "nag", "optim_args": "momentum=0.9"}, "auto", "(coupled"),
+        ({"optim": "adafactor"}, "auto", "(decoupled"),
+        ({"optim": "adamw_torch_fused"}, "auto", "(decoupled"),
+        ({"optim": "rmsprop"}, "auto", "(decoupled"),
+        ({"optim": "adagrad"}, "auto", "(decoupled"),
+        ({"optim": "sgd"}, "decoupled", "(decoupled"),
+    ],
+)
+def test_products_shrink_under_every_optimizer_when_the_data_says_nothing(optimizer, mode, said, tmp_path, capsys):
+    """With a loss that does not depend on the factors, a step of decay lowers every product's norm."""
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    for parameter in model.bert.encoder.parameters():
+        parameter.data.mul_(3)  # norms worth decaying
+    norms = [f.squared_norm().item() for f in fnl_hf.factorizations(model)]
+    rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in examples("bert")]
+    train(model, tmp_path, rows, learning_rate=1e-2, frobenius_decay=0.1, frobenius_decay_mode=mode, **optimizer)
+    assert said in capsys.readouterr().out
+    for before, product in zip(norms, fnl_hf.factorizations(model), strict=True):
+        assert product.squared_norm().item() < before
+
+
+@pytest.mark.parametrize(("schedule", "share"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_the_schedule_scales_the_coefficient(schedule, share, tmp_path):
+    model = fnl_hf.factorize(make_model("bert"), fnl_hf.FNLConfig())
+    trainer = train(model, tmp_path, examples("bert"), frobenius_decay=0.2, frobenius_decay_schedule=schedule)
+    trainer.state.global_step, trainer.state.max_steps = 5, 10
+    assert trainer._coefficient_now() == pytest.approx(0.2 * share)
+
+
+def test_plain_training_arguments_are_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match="expected FNLTrainingArguments"):
+        fnl_hf.FNLTrainer(
+            model=make_model("bert"), args=tf.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+        )
