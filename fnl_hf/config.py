@@ -20,7 +20,9 @@ class FNLConfig(QuantizationConfigMixin):
         attention: Head products that become factorizations: any of "qk" and "ov"; `()` for none.
         head_rank: Per-head rank: a float in (0, 1] is `int(head_rank * head_dim)`, at least 1; an int is the rank
             itself (1 is rank one, 1.0 is full rank).
-        head_layout: "padded": factors of rank r that present the old width to the rest of the model.
+        head_layout: "padded": factors of rank r that present the old width to the rest of the model. "compact": heads
+            that are really narrower, attention and key-value cache included, where a replay of the attention module
+            proves that the outputs are the same (both products of one rank, no rotation); padded elsewhere.
         target_modules, exclude_modules, rank, target_ratio: Low-rank layers; not built yet.
         rank_pattern: Regular expression -> rank. The first pattern that matches the end of an attention module's
             name replaces `head_rank` there.
@@ -67,24 +69,27 @@ class FNLConfig(QuantizationConfigMixin):
                 raise ValueError(f"rank_pattern has {pattern!r}, not a regular expression: {error}") from None
         if self.head_layout not in ("padded", "compact"):
             raise ValueError(f"head_layout is {self.head_layout!r}, expected 'padded' or 'compact'")
-        if self.head_layout == "compact":
-            raise NotImplementedError("head_layout='compact' is not built yet; use 'padded'")
         for name, unset in (("target_modules", None), ("exclude_modules", None), ("rank", 1.0), ("target_ratio", None)):
             if getattr(self, name) != unset:
                 raise NotImplementedError(f"{name}: low-rank layers are not built yet; leave it at {unset!r}")
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"the checkpoint's factorization has format_version {self.format_version}, this fnl_hf reads up to "
-                f"{FORMAT_VERSION}: upgrade fnl_hf"
-            )
+        _check_format_version(self.format_version)
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """A config from JSON; a key that it does not know is an error that lists those it does."""
         known = {f.name for f in fields(cls)}
+        _check_format_version(config_dict.get("format_version", FORMAT_VERSION))  # before: it explains unknown keys
         if unknown := sorted(set(config_dict) - known):
             raise ValueError(f"FNLConfig does not know {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
         return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a config given to ``from_pretrained`` adds to the stored one: itself, for the quantizer to compare."""
+        return {"requested": self}
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field as from a dict, which ``from_pretrained(…, config=model.config)`` takes a stored config for."""
+        return getattr(self, name, default)
 
     def head_rank_of(self, name: str, head_dim: int) -> int:
         """The rank of the heads of the attention module ``name``, whose heads are ``head_dim`` wide.
@@ -103,6 +108,14 @@ class FNLConfig(QuantizationConfigMixin):
 def _matches(pattern: str, name: str) -> bool:
     """PEFT's rule for ``rank_pattern``: the pattern matches the whole name or what follows one of its dots."""
     return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
+
+
+def _check_format_version(version: int) -> None:
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise ValueError(
+            f"the checkpoint's factorization has format_version {version}, this fnl_hf reads up to {FORMAT_VERSION}: "
+            f"upgrade fnl_hf"
+        )
 
 
 def _check_head_rank(name: str, rank: float | int) -> None:

@@ -198,6 +198,7 @@ class HeadProduct(nn.Module):
     def __init__(self, kind: str, left: HeadSlice, right: HeadSlice, head_dim: int, rotary: RotaryLayout | None = None):
         super().__init__()
         self.kind, self.left, self.right, self.head_dim, self.rotary = kind, left, right, head_dim, rotary
+        self.wide: dict[str, int] = {}  # attributes of the owner that a compact layout changed, as they were
 
     def factorization(self, name: str, parent: nn.Module) -> Factorization:
         """The product as it stands now in ``parent``, the module that holds this declaration."""

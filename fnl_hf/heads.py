@@ -2,7 +2,8 @@
 
 Hugging Face reshapes q, k and v with one ``head_dim`` and computes the scale from it, so a head of rank r keeps its
 old width outside: the rows of q, k, v write zeros beyond r, the columns of o read the first r of each head. Scale,
-caches and attention kernels stay as they are (no class has to know).
+caches and attention kernels stay as they are (no class has to know). Where a module is proven to compute the same with
+heads that are really narrower, they may be (``make_compact``).
 """
 
 from collections import defaultdict
@@ -13,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
 from .factorization import HeadProduct, HeadSlice, RotaryLayout
@@ -72,6 +74,7 @@ class HeadLinear(nn.Linear):
         self.rows: HeadPadding | None = rows
         self.columns: HeadPadding | None = columns
         self.transposed = transposed
+        self.compact = False
         stored_out = rows.narrow if rows else out_features
         stored_in = columns.narrow if columns else in_features
         self.weight = nn.Parameter(torch.empty(stored_out, stored_in, **factory))
@@ -79,10 +82,17 @@ class HeadLinear(nn.Linear):
         self.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.compact:
+            return F.linear(input, self.weight, self.bias)
         if self.columns is not None:
             input = self.columns.cut(input)
         output = F.linear(input, self.weight, self.bias)
         return output if self.rows is None else self.rows.pad(output)
+
+    def make_compact(self) -> None:
+        """Present the narrow heads as they are: for an attention module that has been told their width."""
+        self.compact = True
+        self.out_features, self.in_features = self.weight.shape
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight={tuple(self.weight.shape)}"
@@ -105,19 +115,39 @@ class HeadLinear(nn.Linear):
 
     def widened(self) -> nn.Module:
         """The ``nn.Linear`` or ``Conv1D`` of the same function: zeros beyond each head's rank."""
+        out_features = self.rows.wide if self.rows else self.weight.shape[0]
+        in_features = self.columns.wide if self.columns else self.weight.shape[1]
         dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None,
-            dtype=self.weight.dtype, device=self.weight.device,
-        )  # fmt: skip
+            in_features, out_features, self.bias is not None, dtype=self.weight.dtype, device=self.weight.device
+        )
         with torch.no_grad():
             dense.weight.copy_(_resize_weight(self.weight, self.rows, self.columns, "pad"))
             if self.bias is not None:
                 dense.bias.copy_(self.bias if self.rows is None else self.rows.pad(self.bias))
         if self.transposed:
-            conv = Conv1D(self.out_features, self.in_features)
+            conv = Conv1D(out_features, in_features)
             conv.weight, conv.bias = nn.Parameter(dense.weight.detach().mT.contiguous()), dense.bias
             dense = conv
         return _like(dense, self)
+
+
+def _refuse_merge(*args, **kwargs):
+    raise ValueError(
+        "an adapter cannot be merged into a factor of reduced rank, which has no room for it: call "
+        "fnl_hf.to_dense(model) first, or keep the adapter unmerged"
+    )
+
+
+def _guard_merge(wrapper: nn.Module, name: str, leaf: nn.Module) -> None:
+    """PEFT merges by writing into ``base_layer.weight``; a wrapper of a narrow leaf gets a merge that says why not."""
+    if name == "base_layer" and isinstance(leaf, HeadLinear):
+        wrapper.merge = _refuse_merge
+    elif name == "base_layer" and vars(wrapper).get("merge") is _refuse_merge:
+        del wrapper.merge  # `to_dense` put the wide leaf in its place
+        wrapper.fan_in_fan_out = isinstance(leaf, Conv1D)  # how PEFT lays out what it merges
+
+
+register_module_module_registration_hook(_guard_merge)
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,7 @@ class Product:
     right: HeadSlice
     rank: int
     rotary: RotaryLayout | None = None
+    compact: dict[str, int] | None = None  # attributes of the owner under really narrower heads; None: padded
 
     @property
     def slot(self) -> str:
@@ -176,7 +207,18 @@ def install(model: nn.Module, products: Iterable[Product]) -> None:
     for product in products:
         left, right = (_narrow_slice(product, side, paddings) for side in (product.left, product.right))
         declaration = HeadProduct(product.kind, left, right, product.left.width, product.rotary)
-        model.get_submodule(product.owner).add_module(product.slot, declaration)
+        owner = model.get_submodule(product.owner)
+        owner.add_module(product.slot, declaration)
+        if product.compact is not None:
+            _make_compact(model, product, owner, declaration)
+
+
+def _make_compact(model: nn.Module, product: Product, owner: nn.Module, declaration: HeadProduct) -> None:
+    for side in (product.left, product.right):
+        model.get_submodule(product.leaf(side)).make_compact()
+    for name, value in product.compact.items():
+        declaration.wide[name] = getattr(owner, name)
+        setattr(owner, name, value)
 
 
 def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

@@ -15,7 +15,7 @@ from .factorization import HeadProduct, factorizations
 from .heads import HeadLinear, Product, install, swap
 from .initialization import initial_factors
 from .messages import say
-from .probe import ProbeError, Recording, Verification, example_inputs
+from .probe import ProbeError, Recording, Verification, record_examples
 
 KEPT = "a narrower basis does not commute with a rotation, and only the heads of nn.Linear and Conv1D can be narrowed"
 
@@ -72,16 +72,17 @@ def plan(
     sites = find_attention(model)
     choices = [(site, slot) for site in sites for slot in config.attention if site.options[slot] or slot in site.doubts]
     probed = [(site, slot) for site, slot in choices if inputs is not None or slot not in site.certain]
-    owners = {option.owner for site, slot in probed for option in site.options[slot]}
+    compact = config.head_layout == "compact"
+    owners = {option.owner for site, slot in (choices if compact else probed) for option in site.options[slot]}
     recording, obstacle = None, ""
     if owners:
         try:
-            recording = Recording(model, example_inputs(model) if inputs is None else inputs, owners)
+            recording = record_examples(model, owners) if inputs is None else Recording(model, inputs, owners)
         except ProbeError as error:
             if inputs is not None:
                 raise
             obstacle = f"{error}; pass factorize(..., verify=example_inputs) to decide"
-    products, skipped, kept = [], [], []
+    products, skipped, kept = {}, [], []
     for site, slot in choices:
         if (site, slot) in probed:
             product, reason = _probed(recording, site, slot, obstacle)
@@ -95,13 +96,26 @@ def plan(
             kept.append(product.kind)
         else:
             product = replace(product, rank=rank)
-        products.append(product)
+        products[site.name, slot] = product
+    if compact and recording:
+        _compact(recording, products)
+    products = list(products.values())
     if products and len(kept) == len(products):
         raise ValueError(
             f"head_rank is {config.head_rank}, but every product found ({', '.join(sorted(set(kept)))}) keeps its full "
             f"rank: {KEPT}; leave head_rank at 1.0"
         )
     return products, skipped
+
+
+def _compact(recording: Recording, products: dict[tuple[str, str], Product]) -> None:
+    """Plan really narrower heads for the attention modules where both products agree and a replay proves them."""
+    for site in {name for name, _ in products}:
+        qk, ov = products.get((site, "qk")), products.get((site, "ov"))
+        if qk and ov and qk.rank == ov.rank < qk.left.width == ov.left.width:
+            attributes = recording.compact_attributes(qk, ov)
+            if attributes is not None:
+                products[site, "qk"], products[site, "ov"] = replace(qk, compact=attributes), replace(ov, compact={})
 
 
 def _narrows(model: nn.Module, product: Product) -> bool:
@@ -196,6 +210,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, HeadProduct):
+                for attribute, value in child.wide.items():
+                    setattr(parent, attribute, value)
                 delattr(parent, name)
     if attached(model):
         del getattr(model, "config", model).quantization_config
@@ -260,7 +276,9 @@ def summary(model: nn.Module) -> Summary:
         for child_name, child in module.named_children()
         if isinstance(child, HeadProduct)
     }
-    products = factorizations(model)
+    products, stored = factorizations(model), attached(model)
+    planned = [Product.from_dict(entry) for entry in stored.plan["products"]] if stored else []
+    layouts = {product.name: "compact" for product in planned if product.compact is not None}
     for product in products:
         declaration, tensors = declarations[product.name], product.factors()
         rows.append(
@@ -270,11 +288,11 @@ def summary(model: nn.Module) -> Summary:
                 "heads": declaration.left.size,
                 "rank": declaration.left.width,
                 "head_dim": declaration.head_dim,
+                "layout": layouts.get(product.name, "padded"),
                 "shapes": " x ".join(str(tuple(tensor.shape)) for tensor in tensors),
                 "parameters": sum(tensor.numel() for tensor in tensors),
             }
         )
-    stored = attached(model)
     skipped = stored.plan["skipped"] if stored else plan(model, FNLConfig())[1]
     covered = {parameter for product in products for parameter in product.parameters()}
     sizes = [sum(parameter.numel() for parameter in some) for some in (covered, model.parameters())]
@@ -282,6 +300,9 @@ def summary(model: nn.Module) -> Summary:
     notes = []
     if stored is not None and stored.head_rank != 1.0 and full:
         notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
+    if stored is not None and stored.head_layout == "compact":
+        padded = sum(row["layout"] == "padded" for row in rows)
+        notes.append(f"{len(rows) - padded} products are compact, {padded} padded: not proven equal at a smaller width")
     return Summary(rows, skipped, *sizes, notes)
 
 
@@ -295,7 +316,9 @@ def _is_factorized(model: nn.Module) -> bool:
 def _refuse_factorized(model: nn.Module) -> None:
     if _is_factorized(model):
         raise ValueError("the model is factorized already; call fnl_hf.to_dense(model) before factorizing it anew")
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    # Ours on a dense model is the config of a factorized one, from which `from_config` made a new model.
+    if stored is not None and dict(stored)["quant_method"] != "fnl":
         raise ValueError("the model is quantized; factorize the unquantized model")
 
 

@@ -9,16 +9,19 @@ float64, so that a probe costs milliseconds and tells rounding from a wrong layo
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .factorization import Factorization, HeadProduct
+from .heads import Product, install
 
 TOLERANCE = 5e-5  # of the change that the one-sided control makes; wrong layouts have shown 1.4e-4 and more
+COMPACT_TOLERANCE = 1e-6  # of the outputs' norm, between padded and compact heads
 REACH = 3  # how far above a product's owner the module may be whose call is replayed
 UNREACHED = "these inputs do not reach it: pass verify=example inputs that do"
 
@@ -89,6 +92,38 @@ class Recording:
             return Verdict(name, declaration.kind, None, None, f"its module does not replay alone: {error}")
         return Verdict(name, declaration.kind, change, control, None if control else UNREACHED)
 
+    def compact_attributes(self, qk: Product, ov: Product) -> dict[str, int] | None:
+        """Attributes of ``qk.owner`` with which really narrower heads give what padded ones give, or None.
+
+        The width of a head stands under several names, and some classes compute their scale from it: what is tried
+        counts only if the replayed outputs agree.
+        """
+        name = next((ancestor for ancestor in _lineage(ov.owner)[:REACH] if ancestor in self._calls), None)
+        if name is None:
+            return None
+        try:
+            padded = copy.deepcopy(self._model.get_submodule(name)).double().requires_grad_(False)
+            qk, ov = (replace(p, owner=p.owner.removeprefix(name).removeprefix(".")) for p in (qk, ov))
+            dense = copy.deepcopy(padded)
+            install(padded, [qk, ov])
+            reference = self._run(name, padded)
+            for attributes in _narrow_attributes(dense.get_submodule(qk.owner), qk):
+                module = copy.deepcopy(dense)
+                install(module, [replace(qk, compact=attributes), replace(ov, compact={})])
+                if self._agrees(name, module, reference):
+                    return attributes
+        except Exception:  # any user model may stand here, and padded heads are always right
+            return None
+        return None
+
+    def _agrees(self, name: str, module: nn.Module, reference: Tensor) -> bool:
+        try:
+            output = self._run(name, module)
+        except (RuntimeError, ValueError):  # shapes that do not fit
+            return False
+        same_shape = output.shape == reference.shape
+        return same_shape and bool((output - reference).norm() <= COMPACT_TOLERANCE * reference.norm())
+
     def _replica(self, name: str) -> tuple[nn.Module, Tensor]:
         """A copy of an executed module and what it returns: in float64, or in float32 where it insists on that."""
         if name not in self._replayed:
@@ -126,12 +161,33 @@ class Recording:
         return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Small inputs made up from a Hugging Face model's config, for a probe where the user gave none.
+def _narrow_attributes(module: nn.Module, product: Product) -> Iterator[dict[str, int]]:
+    """Attribute values of an attention module that may say its narrower heads, the fewest first."""
+    width, heads, rank = product.left.width, product.left.size, product.rank
+    numbers = {name: value for name, value in vars(module).items() if type(value) is int}
+    of_head = {name: rank for name, value in numbers.items() if value == width and re.search("dim|size|d_kv", name)}
+    of_all = {name: heads * rank for name, value in numbers.items() if value == width * heads}
+    usual = {name: value for name, value in of_all.items() if name in ("all_head_size", "inner_dim", "split_size")}
+    yield from ({}, of_head, of_head | usual, of_head | of_all)
+
+
+def record_examples(model: nn.Module, owners: Iterable[str]) -> Recording:
+    """A recording on made-up inputs, for a probe where the user gave none.
 
     Raises:
-        ProbeError: The kind of input is not known.
+        ProbeError: The model runs on nothing that could be made up from its config.
     """
+    error = ProbeError(f"no example inputs are known for {type(model).__name__}")
+    for inputs in example_inputs(model):
+        try:
+            return Recording(model, inputs, owners)
+        except ProbeError as tried:
+            error = tried
+    raise error
+
+
+def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Small inputs for a Hugging Face model, from its config: what forward requires, then everything it takes."""
     config = getattr(model, "config", None)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -144,14 +200,14 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
 
     parameters = inspect.signature(model.forward).parameters
-    names = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    names = (names & _EXAMPLES.keys()) | ({getattr(model, "main_input_name", None)} & _EXAMPLES.keys())
-    if not names:
-        raise ProbeError(f"no example inputs are known for {type(model).__name__}")
-    inputs = {name: _EXAMPLES[name](config, ids, noise) for name in sorted(names)}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = ids(6)
-    return inputs
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    required.add(getattr(model, "main_input_name", None))
+    for names in (required, set(parameters)):
+        inputs = {name: example(config, ids, noise) for name, example in _EXAMPLES.items() if name in names}
+        if inputs and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+            inputs["decoder_input_ids"] = ids(6)
+        if inputs:
+            yield inputs
 
 
 def _image(config, ids, noise):

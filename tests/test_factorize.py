@@ -126,6 +126,29 @@ def test_to_dense_gives_the_plain_model_of_the_same_function(family):
     assert "quantization_config" not in model.config.to_dict()
 
 
+COMPACT = {"bert", "bart", "mbart", "marian", "m2m_100", "pegasus", "t5", "gpt2", "vit", "clip", "whisper", "wav2vec2"}
+
+
+def test_compact_heads_are_narrower_and_the_same_function(family):
+    model, inputs = build(family)
+    padded = fnl_hf.factorize(copy.deepcopy(model), fnl_hf.FNLConfig(head_rank=0.5))
+    dense = copy.deepcopy(model)
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(head_rank=0.5, head_layout="compact"))
+    layouts = {row["layout"] for row in fnl_hf.summary(model).rows}
+    assert layouts == {"compact"} if family in COMPACT else layouts <= {"compact", "padded"}
+    assert relative(output(model, inputs), output(padded, inputs)) < 1e-5
+    assert relative(output(fnl_hf.to_dense(model), inputs), output(padded, inputs)) < 1e-5
+    assert repr(model) == repr(dense)
+    numbers = [{k: v for k, v in vars(m).items() if type(v) is int} for m in model.modules()]
+    assert numbers == [{k: v for k, v in vars(m).items() if type(v) is int} for m in dense.modules()]
+
+
+def test_compact_heads_shrink_the_cache():
+    model, inputs = build("gpt2")
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(head_rank=3, head_layout="compact"))
+    assert model(**inputs, use_cache=True).past_key_values.layers[0].keys.shape == (2, 4, 7, 3)
+
+
 def test_truncating_a_model_that_was_trained_at_full_rank():
     model, inputs = build("bert")
     direct = fnl_hf.factorize(copy.deepcopy(model), fnl_hf.FNLConfig(head_rank=4))
