@@ -1,0 +1,71 @@
+"""Two gloo processes on the CPU against one: the same update, with unequal numbers of labels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+JOB = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import fnl_hf
+from tests.test_trainer import examples, make_model
+from transformers import default_data_collator
+
+model_type, optim, mode, out = sys.argv[1:5]
+batch, accumulate = int(sys.argv[5]), int(sys.argv[6])
+model = fnl_hf.factorize(make_model(model_type), fnl_hf.FNLConfig()).double()
+args = fnl_hf.FNLTrainingArguments(
+    output_dir=out + ".run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=2,
+    learning_rate=0.05, optim=optim, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
+    disable_tqdm=True, frobenius_decay=0.05, frobenius_decay_mode=mode, max_grad_norm=1.0, weight_decay=0.01,
+    train_sampling_strategy="sequential",
+)
+rows = examples(model_type)
+trainer = fnl_hf.FNLTrainer(model=model, args=args, train_dataset=rows + rows, data_collator=default_data_collator)
+trainer.train()
+if trainer.is_world_process_zero():
+    torch.save({{name: parameter.detach() for name, parameter in model.named_parameters()}}, out)
+"""
+
+
+def run(tmp_path, name, processes, *arguments):
+    script = tmp_path / "job.py"
+    script.write_text(JOB.format(root=str(ROOT)))
+    out = tmp_path / f"{name}.pt"
+    launcher = [sys.executable, str(script)]
+    if processes > 1:
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            str(script),
+        ]
+    model_type, optim, mode, batch, accumulate = map(str, arguments)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, model_type, optim, mode, str(out), batch, accumulate]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("under Frobenius decay") == 1  # said once, not once per process
+    return torch.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "optim", "mode"),
+    [("marian", "sgd", "coupled"), ("gpt2", "sgd", "decoupled"), ("bert", "adamw_torch", "decoupled")],
+)
+def test_two_processes_make_the_update_of_one(model_type, optim, mode, tmp_path):
+    one = run(tmp_path, "one", 1, model_type, optim, mode, 8, 1)
+    two = run(tmp_path, "two", 2, model_type, optim, mode, 2, 2)
+    assert one.keys() == two.keys()
+    size = torch.cat([value.flatten() for value in one.values()]).norm()
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).norm()
+    assert difference < 1e-7 * size
