@@ -4,7 +4,8 @@ from . import loading
 from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Factorization, HeadProduct, factorizations
-from .patching import Summary, factorize, summary, to_dense, verify
+from .overview import Summary, summary
+from .patching import factorize, to_dense, verify
 from .trainer import FNLSeq2SeqTrainer, FNLSeq2SeqTrainingArguments, FNLTrainer, FNLTrainingArguments
 
 __all__ = [

@@ -139,8 +139,11 @@ def _refuse_merge(*args, **kwargs):
 
 
 def _guard_merge(wrapper: nn.Module, name: str, leaf: nn.Module) -> None:
-    """PEFT merges by writing into ``base_layer.weight``; a wrapper of a narrow leaf gets a merge that says why not."""
-    if name == "base_layer" and isinstance(leaf, HeadLinear):
+    """PEFT merges by writing into ``base_layer.weight``; a wrapper of a padded leaf gets a merge that says why not.
+
+    An adapter of a compact leaf is as narrow as the leaf, and merges like any other.
+    """
+    if name == "base_layer" and isinstance(leaf, HeadLinear) and not leaf.compact:
         wrapper.merge = _refuse_merge
     elif name == "base_layer" and vars(wrapper).get("merge") is _refuse_merge:
         del wrapper.merge  # `to_dense` put the wide leaf in its place

@@ -24,7 +24,7 @@ from torch import nn
 
 import fnl_hf
 from fnl_hf.attention import find_attention
-from fnl_hf.patching import plan
+from fnl_hf.planning import plan
 from fnl_hf.probe import UNREACHED, Recording
 
 

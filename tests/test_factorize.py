@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import fnl_hf
 from fnl_hf.attention import find_attention
 from fnl_hf.factorization import HeadProduct
-from fnl_hf.patching import plan
+from fnl_hf.planning import plan
 from fnl_hf.probe import Recording
 from tests.families import FAMILIES, build, output
 

@@ -1,0 +1,282 @@
+"""The command line: `fnl-hf factorize`, `fnl-hf to-dense`, `fnl-hf inspect`, on checkpoint directories."""
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from .algebra import chain
+from .config import ATTENTION_KINDS, INITIALIZATIONS, FNLConfig
+from .factorization import factorizations
+from .loading import written_whole
+from .overview import Summary, attached, summary
+from .patching import factorize, to_dense
+
+EXAMPLES = """examples:
+  fnl-hf factorize my-bert my-bert-half --head_rank 0.5
+  fnl-hf inspect my-bert-half
+  fnl-hf to-dense my-bert-half my-bert-dense
+
+The model class comes from `architectures` in DIR/config.json. Tokenizer, processor and generation files are carried
+along. OUT is written as a whole or not at all, and never over files that are there.
+"""
+# What save_pretrained writes itself, what belongs to other weights or to a training run, and code (never trusted).
+NOT_CARRIED = re.compile(
+    r"config\.json|README\.md|trainer_state\.json|.*\.index\.json|\..*|"
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|py)"
+)
+CARD_START, CARD_END = "<!-- fnl_hf -->", "<!-- /fnl_hf -->"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    options = _parser().parse_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
+        print(f"fnl-hf: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def spectra(model: nn.Module, leading: int = 5) -> list[dict]:
+    """Per product of a factorized model, what its singular values σ say; from its factors, never from the matrix.
+
+    Returns:
+        dicts with "name", "kind"; "nuclear_norm" Σσ over all heads; and means over the heads of "stable_rank"
+        Σσ²/σ₁², of "effective_rank", the exponential of the entropy of σ/Σσ (Roy & Vetterli 2007), and of the
+        ``leading`` largest "singular_values". Rotary products have no matrix: theirs are None.
+    """
+    rows = []
+    for product in factorizations(model):
+        row = {"name": product.name, "kind": product.kind}
+        if product.form is not chain:
+            rows.append(row | dict.fromkeys(("nuclear_norm", "stable_rank", "effective_rank", "singular_values")))
+            continue
+        with torch.no_grad():
+            sigma = chain.singular_values(product.tensors()).double().flatten(0, -2)  # (heads, rank)
+        share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
+        energy = sigma.square().sum(-1) / sigma[:, 0].square().clamp_min(torch.finfo(sigma.dtype).tiny)
+        row["nuclear_norm"] = sigma.sum().item()
+        row["stable_rank"] = energy.mean().item()
+        row["effective_rank"] = torch.special.entr(share).sum(-1).exp().mean().item()
+        row["singular_values"] = sigma[:, :leading].mean(0).tolist()
+        rows.append(row)
+    return rows
+
+
+def model_card(model: nn.Module) -> str:
+    """The section of a README.md that says what a factorized checkpoint is and what it takes to load it."""
+    products, name = summary(model), type(model).__name__
+    reduced = any(row["rank"] < row["head_dim"] for row in products.rows)
+    if reduced:
+        needs = (
+            "Its attention heads are stored at reduced rank, so it loads with `fnl_hf` only: without the import, "
+            "transformers raises an error about mismatched sizes. `fnl-hf to-dense DIR OUT` makes an ordinary "
+            "checkpoint of the same function."
+        )
+    else:
+        needs = (
+            "It is stored at full rank: without the import, transformers warns about an unknown quantization type "
+            "and loads the same function, only not factorized."
+        )
+    return "\n".join(
+        [
+            CARD_START,
+            "## Factorized attention",
+            "",
+            f"{products.headline().removeprefix('fnl_hf: ').capitalize()}. {needs}",
+            "",
+            "```python",
+            "import fnl_hf  # pip install fnl-hf",
+            f"from transformers import {name}",
+            "",
+            f'model = {name}.from_pretrained("path/to/this/checkpoint")',
+            "```",
+            CARD_END,
+            "",
+        ]
+    )
+
+
+# -- commands ----------------------------------------------------------------------------------------
+
+
+def _factorize(options: argparse.Namespace) -> None:
+    config = FNLConfig(
+        attention=options.attention,
+        head_rank=options.head_rank,
+        head_layout=options.head_layout,
+        rank_pattern=options.rank_pattern,
+        init=options.init,
+    )
+    _refuse_existing(options.out)
+    model = _load(options.dir)
+    _write(factorize(model, config), options)
+
+
+def _to_dense(options: argparse.Namespace) -> None:
+    _refuse_existing(options.out)
+    _write(to_dense(_load(options.dir)), options)
+    print(f"fnl_hf: {options.out} is an ordinary checkpoint")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table or the JSON
+        model = _load(options.dir)
+    found, rows = summary(model), spectra(model)
+    if options.json:
+        document = json.loads(found.to_json())
+        document["rows"] = [row | measured for row, measured in zip(document["rows"], rows, strict=True)]
+        print(json.dumps(document, indent=2))
+    else:
+        print(_table(found, rows))
+
+
+def _table(found: Summary, rows: list[dict]) -> str:
+    """The summary, and below it a line per product with what its spectrum says."""
+    lines = [str(found)]
+    if rows:
+        width = max(len(row["name"]) for row in rows)
+        lines += ["", f"{'spectrum'.ljust(width)}  nuclear norm  stable rank  effective rank  leading singular values"]
+    for row in rows:
+        if row["nuclear_norm"] is None:
+            lines.append(f"{row['name'].ljust(width)}  rotary: no single matrix")
+            continue
+        values = " ".join(f"{value:.3g}" for value in row["singular_values"])
+        lines.append(
+            f"{row['name'].ljust(width)}  {row['nuclear_norm']:12.4g}  {row['stable_rank']:11.2f}  "
+            f"{row['effective_rank']:14.2f}  {values}"
+        )
+    return "\n".join(lines)
+
+
+# -- directories -------------------------------------------------------------------------------------
+
+
+def _load(directory: Path) -> transformers.PreTrainedModel:
+    """The model in a directory, of the class that its config.json names, in the dtype that it is stored in."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} holds no config.json: give the directory of a saved model") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
+    names = config.get("architectures") or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(
+            f"{directory / 'config.json'} has architectures {names}, expected the name of a class of transformers"
+        )
+    return model_class.from_pretrained(directory, dtype="auto", local_files_only=True)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory: give another OUT, or remove it")
+
+
+def _write(model: transformers.PreTrainedModel, options: argparse.Namespace) -> None:
+    with written_whole(options.out) as folder:
+        model.save_pretrained(folder)
+        for path in options.dir.iterdir():
+            carried = path.is_file() and not NOT_CARRIED.fullmatch(path.name)
+            if carried and not (folder / path.name).exists():
+                shutil.copy2(path, folder / path.name)
+        templates = "additional_chat_templates"
+        if (options.dir / templates).is_dir():
+            shutil.copytree(options.dir / templates, folder / templates)
+        card = _card(model, options.dir / "README.md", options.out.name)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card(model: nn.Module, source: Path, title: str) -> str:
+    """The card of the source without its section about factorization, and the model's own section if it has one."""
+    text = source.read_text(encoding="utf-8") if source.is_file() else ""
+    text = re.sub(f"{CARD_START}.*{CARD_END}\n?", "", text, flags=re.DOTALL).strip()
+    if not attached(model):
+        return f"{text}\n" if text else ""
+    text = text or f"---\nlibrary_name: transformers\ntags:\n- fnl_hf\n---\n\n# {title}"
+    return f"{text}\n\n{model_card(model)}"
+
+
+# -- options -----------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fnl-hf",
+        description="Factorize, measure and densify the attention of Hugging Face checkpoints.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _command(commands, "factorize", _factorize, "make the head products of a dense checkpoint explicit")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+    command.add_argument(
+        "--attention", nargs="+", choices=ATTENTION_KINDS, default=ATTENTION_KINDS, help="products (default: both)"
+    )
+    command.add_argument(
+        "--head_rank", type=_rank, default=1.0, metavar="RANK",
+        help="rank per head: 0.5 is half of head_dim, 8 is eight, 1 is rank one, 1.0 is full rank (default)",
+    )  # fmt: skip
+    command.add_argument(
+        "--head_layout", default="padded", choices=("padded", "compact"), help="how reduced heads are stored"
+    )
+    command.add_argument("--init", default="spectral", choices=INITIALIZATIONS, help="initialisation of the factors")
+    command.add_argument(
+        "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",
+        help="""ranks by regular expression on names of attention modules, such as '{"layer.0.attention.self": 4}'""",
+    )  # fmt: skip
+
+    command = _command(commands, "to-dense", _to_dense, "make an ordinary checkpoint of the same function")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+
+    command = _command(commands, "inspect", _inspect, "show what is factorized, what is not and why, and the spectra")
+    command.add_argument("--json", action="store_true", help="print JSON, not tables")
+    return parser
+
+
+def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command.add_argument("dir", metavar="DIR", type=Path, help="directory of a checkpoint")
+    command.set_defaults(run=run)
+    return command
+
+
+def _rank(text: str) -> float | int:
+    """An int stays an int: 1 is rank one, 1.0 is full rank."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+    if math.isnan(value):
+        raise ValueError(text)
+    return value
+
+
+def _rank_pattern(text: str) -> dict:
+    try:
+        pattern = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(pattern, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an object of regular expression -> rank")
+    return pattern
+
+
+if __name__ == "__main__":
+    sys.exit(main())

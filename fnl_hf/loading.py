@@ -1,0 +1,336 @@
+"""`save_pretrained` and `from_pretrained` of factorized models, through transformers' quantizer plug-in.
+
+After ``import fnl_hf`` a checkpoint whose config.json holds ``quantization_config: {"quant_method": "fnl", …}`` loads
+factorized, bit for bit. What is rebuilt is the plan that the config holds: nothing is searched, so a newer finder
+cannot decide otherwise. A dense checkpoint is factorized while loading when ``from_pretrained`` gets a
+``quantization_config=fnl_hf.FNLConfig(…)``.
+
+Otherwise a factorized model is an ordinary one: the flags of a quantized model, which would keep ``.half()`` and the
+Trainer from working, are taken off once it is loaded. Only ``config.quantization_config`` stays.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
+
+from .config import ATTENTION_KINDS, FNLConfig
+from .heads import Product, install
+from .messages import say
+from .patching import attach, factorize, save_under_own_names
+
+# A key of the checkpoint -> its name in the model, or None where the weight is put together from several.
+Renaming = Callable[[str], str | None]
+
+RESTORE = "restore the config.json that was saved with these weights"
+
+register_quantization_config("fnl")(FNLConfig)
+# from_pretrained asks these for get_loading_attributes() before it drops a config in favour of the stored one, and
+# nothing else tells a plug-in that there was another.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FNLConfig,)
+
+
+@register_quantizer("fnl")
+class FNLQuantizer(HfQuantizer):
+    """What transformers calls while it loads: before the weights on meta tensors, and after them.
+
+    Raises:
+        ValueError: The stored config and the one given to ``from_pretrained`` differ; the plan is damaged or does
+            not fit the model or the weights; factors are missing. The message names the key and what to do.
+    """
+
+    def __init__(self, quantization_config: FNLConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.restores = self.pre_quantized  # a factorized checkpoint, and not a dense one to factorize
+        requested = vars(quantization_config).pop("requested", None)
+        if requested is not None and _unresolved(requested) != _unresolved(quantization_config):
+            raise ValueError(
+                "the checkpoint is factorized already, with another config: load it without quantization_config, or "
+                "make it dense first (fnl_hf.to_dense, or `fnl-hf to-dense DIR OUT`) and factorize that"
+            )
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, checkpoint_files=None, **kwargs):
+        if self.restores:
+            self._rebuild(model, checkpoint_files)
+        self.shapes = _shapes(model)
+
+    def _rebuild(self, model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
+        """The structure of the plan, on meta tensors."""
+        # Older transformers take renamed keys of what is pre-quantized for packed integers, and ignore `dtype` there.
+        self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
+        rename = _renaming(model)
+        stored = {rename(key): (key, shape) for key, shape in _stored_shapes(checkpoint_files).items()}
+        products = _placed(_planned(self.quantization_config), model, rename, stored)
+        install(model, products)
+        self.names = _parameter_names(model, products)
+        _check_shapes(model, self.names, stored)
+        attach(model, self.quantization_config, products, self.quantization_config.plan.get("skipped", []))
+        self.quantization_config = model.config.quantization_config
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
+        _unflag(model)
+        other = [name for name, shape in _shapes(model).items() if shape != self.shapes[name]]
+        if other:  # transformers raises or re-initialises, but older ones take any shape when there is a plug-in
+            raise ValueError(
+                f"the checkpoint holds {_listed(other)} in a shape that config.json does not give: {RESTORE}, or load "
+                f"the model as it was saved and change it then"
+            )
+        if not self.restores:
+            del model.config.quantization_config
+            if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+                raise ValueError(
+                    "a model that is spread over devices cannot be factorized while loading: load it on one device, "
+                    "save the factorized model, and load that with any device_map"
+                )
+            return factorize(model, _unresolved(self.quantization_config))
+        missing = [name for name in self.names if _is_missing(model.get_parameter(name))]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {_listed(missing)}, which the plan in its config.json holds: restore the "
+                f"weights that were saved with it"
+            )
+        save_under_own_names(model)  # again: loading has just set conversions to revert
+        return model
+
+
+@contextmanager
+def written_whole(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary sibling of ``directory`` to write into; it takes its place when the block ends without an error.
+
+    ``save_pretrained`` writes config.json and then the weights in place, so a process that dies in between leaves a
+    directory that is neither the old checkpoint nor the new one (loading that is an error, not a wrong model).
+    Here an error leaves ``directory`` as it was. A process that is killed leaves it as it was too, or complete, apart
+    from the moment between two renames when it replaces one that holds files: then the old one is whole in the
+    hidden sibling ``.NAME.*``. No claim is made about a machine that loses power.
+
+        with fnl_hf.loading.written_whole("out") as folder:
+            model.save_pretrained(folder)
+    """
+    target = Path(directory).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as sibling:
+        new, old = Path(sibling, "new"), Path(sibling, "previous")
+        new.mkdir()
+        yield new
+        if not target.exists():
+            new.rename(target)
+            return
+        target.rename(old)
+        try:
+            new.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+
+
+# -- the plan ----------------------------------------------------------------------------------------
+
+
+def _unresolved(config: FNLConfig) -> FNLConfig:
+    """What the user asked for, without what came of it."""
+    return replace(config, plan=None, format_version=FNLConfig.format_version)
+
+
+def _planned(config: FNLConfig) -> list[Product]:
+    """The products of a stored plan."""
+    entries = (config.plan or {}).get("products") if isinstance(config.plan or {}, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"quantization_config.plan in config.json holds no list of products: {RESTORE}")
+    products = []
+    for i, entry in enumerate(entries):
+        try:
+            product = Product.from_dict(entry)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"quantization_config.plan.products[{i}] cannot be read ({error!r}): {RESTORE}") from None
+        if flaw := _flaw(product):
+            raise ValueError(f"quantization_config.plan.products[{i}] ({product.name}): {flaw}; {RESTORE}")
+        products.append(product)
+    return products
+
+
+def _flaw(product: Product) -> str | None:
+    """What is wrong with a product as it was read, if anything."""
+    known = (*ATTENTION_KINDS, "rotary-qk")
+    if product.kind not in known:
+        return f"kind is {product.kind!r}, expected one of {known}"
+    if (product.kind == "rotary-qk") != (product.rotary is not None):
+        return f"kind is {product.kind!r}, rotary is {product.rotary!r}"
+    for side in (product.left, product.right):
+        sizes = (*side.heads, side.width, side.repeats, side.offset + 1)
+        if not all(type(size) is int and size > 0 for size in sizes) or side.axis not in ("in", "out"):
+            return f"{side} makes no sense"
+    if not all(type(size) is int and size > 0 for size in (product.compact or {}).values()):
+        return f"compact is {product.compact!r}, expected whole numbers"
+    if type(product.rank) is not int or not 1 <= product.rank <= product.left.width:
+        return f"rank is {product.rank!r}, expected an int in 1..{product.left.width}"
+    return None
+
+
+def _placed(products: list[Product], model: PreTrainedModel, rename: Renaming, stored: dict) -> list[Product]:
+    """The products named as in this model, which may be the base of the saved one, have a head over it, or be newer.
+
+    A class that holds only a part of the saved model, as transformers can load it, gets the products of that part.
+    """
+    placed, elsewhere = [], []
+    for product in products:
+        here = next((p for p in (product, _renamed(product, rename)) if p and _fits(p, model)), None)
+        if here is not None:
+            placed.append(here)
+            continue
+        weight = _name(product, product.left.weight)
+        same_class = type(model).__name__ in (model.config.architectures or [])
+        if same_class or rename(weight) not in stored:
+            raise ValueError(
+                f"quantization_config.plan names {product.name}, but {type(model).__name__} has no {weight} whose "
+                f"features are split like that: {RESTORE}"
+            )
+        elsewhere.append(product.name)
+    if products and not placed:
+        raise ValueError(f"{type(model).__name__} holds none of the products of this checkpoint: {_listed(elsewhere)}")
+    if elsewhere:
+        say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
+    return placed
+
+
+def _renamed(product: Product, rename: Renaming) -> Product | None:
+    """A product under the names that its weights get in the model; its owner is their nearest common ancestor."""
+    paths = [path for side in (product.left, product.right) for path in (side.weight, side.bias) if path]
+    names = {path: rename(_name(product, path)) for path in paths}
+    if None in names.values():
+        return None
+    # The owner is no leaf: what ends in "leaf.weight" is at least two steps below it.
+    parents = [
+        names[side.weight].split(".")[: -min(2, len(side.weight.split(".")))] for side in (product.left, product.right)
+    ]
+    owner = ".".join(os.path.commonprefix(parents))
+    local = {path: name[len(owner) + 1 :] if owner else name for path, name in names.items()}
+    left, right = (
+        replace(side, weight=local[side.weight], bias=side.bias and local[side.bias])
+        for side in (product.left, product.right)
+    )
+    return replace(product, owner=owner, left=left, right=right)
+
+
+def _fits(product: Product, model: nn.Module) -> bool:
+    """Whether both weights are there, with features enough for their heads, and the sizes that compact heads change."""
+    for side in (product.left, product.right):
+        try:
+            weight = model.get_parameter(_name(product, side.weight))
+            if side.bias:
+                model.get_parameter(_name(product, side.bias))
+        except AttributeError:
+            return False
+        features = weight.shape[(side.axis == "in") != side.transposed]
+        end = side.offset + side.size // side.repeats * side.width
+        if features % side.repeats or end > features // side.repeats:
+            return False
+    owner = model.get_submodule(product.owner)
+    return all(type(getattr(owner, name, None)) is int for name in product.compact or {})
+
+
+def _name(product: Product, path: str) -> str:
+    return f"{product.owner}.{path}" if product.owner else path
+
+
+def _parameter_names(model: nn.Module, products: list[Product]) -> list[str]:
+    """Every parameter of the leaves that hold a product, each once."""
+    leaves = dict.fromkeys(product.leaf(side) for product in products for side in (product.left, product.right))
+    return [
+        f"{leaf}.{name}".removeprefix(".")
+        for leaf in leaves
+        for name, _ in model.get_submodule(leaf).named_parameters()
+    ]
+
+
+# -- the weights -------------------------------------------------------------------------------------
+
+
+def _stored_shapes(files: list[str] | None) -> dict[str, tuple]:
+    """key -> shape of everything in the files, from their headers; empty if the weights come as a state dict."""
+    shapes = {}
+    for file in files or []:
+        if not str(file).endswith(".safetensors"):
+            raise ValueError(f"{file}: a factorized checkpoint is loaded from safetensors only; save it anew")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or cut off ({error}): copy or save the checkpoint again") from None
+    return shapes
+
+
+def _renaming(model: PreTrainedModel) -> Renaming:
+    """How transformers names the keys of a checkpoint in this model: older names, prefix of the base model."""
+    transforms, names, prefix = get_model_conversion_mapping(model), model.state_dict(), model.base_model_prefix
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def rename(key: str) -> str | None:
+        plain, _ = rename_source_key(key, [], [], prefix, names)
+        name, converter = rename_source_key(key, renamings, converters, prefix, names)
+        if name not in names and plain in names:
+            return plain
+        return name if converter is None else None
+
+    return rename
+
+
+def _check_shapes(model: PreTrainedModel, names: list[str], stored: dict[str | None, tuple[str, tuple]]) -> None:
+    """Transformers would raise too, but without the name of the key."""
+    for name in names:
+        key, found = stored.get(name, (name, None))
+        shape = tuple(model.get_parameter(name).shape)
+        if found not in (None, shape):
+            raise ValueError(
+                f"{key} is stored as {found}, the plan in config.json makes it {shape}: config.json and weights are "
+                f"not of one checkpoint; {RESTORE}"
+            )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple]:
+    """name -> shape of every parameter, under each of its names: loading may tie and untie."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _is_missing(parameter: nn.Parameter) -> bool:
+    """Whether loading left a parameter alone: transformers marks what it sets, tied weights included."""
+    return not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)  # meta: offloaded
+
+
+def _unflag(model: PreTrainedModel) -> None:
+    """Take off what marks a model as quantized (``HfQuantizer.preprocess_model`` and ``postprocess_model``)."""
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        delattr(model, name)
+    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+        vars(config).pop("_is_quantized", None)
+        if config is not model.config:  # an encoder's copy of the config
+            vars(config).pop("quantization_config", None)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

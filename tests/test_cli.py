@@ -1,0 +1,184 @@
+"""fnl-hf: factorize, to-dense and inspect on directories."""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+import fnl_hf
+from fnl_hf.cli import main, spectra
+from tests.families import BART, TEXT, build, output
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """A dense BERT in tmp_path/dense, with files around it."""
+    model, _ = build("bert")
+    directory = tmp_path / "dense"
+    model.save_pretrained(directory)
+    for name in ("tokenizer_config.json", "vocab.txt", "chat_template.jinja", "special_tokens_map.json"):
+        (directory / name).write_text("{}")
+    for name in ("pytorch_model.bin", "optimizer.pt", "modeling_x.py", "model.safetensors.index.json"):
+        (directory / name).write_text("not to be carried along")
+    (directory / "model.safetensors.index.json").unlink()
+    (directory / "README.md").write_text("---\nlicense: mit\n---\n# My BERT\n")
+    return directory
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_factorize_inspect_and_back(dense, tmp_path, capsys):
+    assert run("factorize", dense, tmp_path / "half", "--head_rank", "0.5") == 0
+    assert "8 qk in 2 modules (rank 4)" in capsys.readouterr().out
+    model, loaded = tf.AutoModel.from_pretrained(dense), tf.AutoModel.from_pretrained(tmp_path / "half")
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(head_rank=0.5))
+    assert torch.equal(output(loaded, TEXT), output(model, TEXT))
+    names = {path.name for path in (tmp_path / "half").iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "README.md", "tokenizer_config.json", "vocab.txt", "chat_template.jinja",
+        "special_tokens_map.json",
+    }  # fmt: skip
+    capsys.readouterr()
+
+    assert run("inspect", tmp_path / "half") == 0
+    table = capsys.readouterr().out
+    assert "encoder.layer.1.attention.self.qk" in table and "effective rank" in table
+
+    assert run("to-dense", tmp_path / "half", tmp_path / "again") == 0
+    again = tf.AutoModel.from_pretrained(tmp_path / "again")
+    assert not fnl_hf.factorizations(again)
+    torch.testing.assert_close(output(again, TEXT), output(model, TEXT))
+    assert "quantization" not in (tmp_path / "again" / "config.json").read_text()
+    assert (tmp_path / "again" / "README.md").read_text() == (dense / "README.md").read_text()
+    assert (tmp_path / "again" / "vocab.txt").exists()
+
+
+def test_options_reach_the_config(dense, tmp_path):
+    pattern = '{"layer.0.attention.self": 2}'
+    options = ["--attention", "ov", "--head_rank", "1", "--init", "default", "--rank_pattern", pattern]
+    options += ["--head_layout", "compact"]
+    assert run("factorize", dense, tmp_path / "out", *options) == 0
+    config = tf.AutoModel.from_pretrained(tmp_path / "out").config.quantization_config
+    assert (config.attention, config.head_rank, config.init) == (("ov",), 1, "default")
+    assert (
+        isinstance(config.head_rank, int)
+        and config.head_layout == "compact"
+        and config.rank_pattern == {"layer.0.attention.self": 2}
+    )
+
+
+def test_inspect_json_measures_every_product(dense, tmp_path, capsys):
+    run("factorize", dense, tmp_path / "half", "--head_rank", "0.5")
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "half", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    model = tf.AutoModel.from_pretrained(tmp_path / "half")
+    for row, product in zip(rows, fnl_hf.factorizations(model), strict=True):
+        sigma = torch.linalg.svdvals(product.matrix())[:, :4]
+        share = sigma / sigma.sum(-1, keepdim=True)
+        effective = (-(share * share.log()).sum(-1)).exp().mean().item()
+        assert (row["name"], row["kind"], row["rank"]) == (product.name, product.kind, 4)
+        assert row["nuclear_norm"] == pytest.approx(sigma.sum().item(), rel=1e-4)
+        assert row["stable_rank"] == pytest.approx((sigma.square().sum(-1) / sigma[:, 0] ** 2).mean().item(), rel=1e-4)
+        assert row["effective_rank"] == pytest.approx(effective, rel=1e-4)
+        assert row["singular_values"] == pytest.approx(sigma.mean(0).tolist(), rel=1e-4)
+
+
+def test_inspect_of_a_dense_checkpoint(dense, capsys):
+    assert run("inspect", dense) == 0
+    assert capsys.readouterr().out.strip().endswith("not factorized")
+
+
+def test_spectra_of_zero_factors_are_numbers():
+    model, _ = build("bert")
+    with torch.no_grad():
+        for parameter in model.encoder.layer[0].attention.self.parameters():
+            parameter.zero_()
+    rows = spectra(fnl_hf.factorize(model, fnl_hf.FNLConfig(init="default")))
+    zero = next(row for row in rows if row["name"] == "encoder.layer.0.attention.self.qk")
+    assert (zero["nuclear_norm"], zero["stable_rank"]) == (0, 0) and zero["effective_rank"] == 1
+
+
+def test_the_class_dtype_and_generation_config_stay(tmp_path):
+    torch.manual_seed(0)
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**BART)).to(torch.bfloat16)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "dense")
+    assert run("factorize", tmp_path / "dense", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert {w.dtype for w in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_new_tokens"] == 7
+
+
+@pytest.mark.parametrize(("rank", "needs"), [("0.5", "loads with `fnl_hf` only"), ("1.0", "stored at full rank")])
+def test_the_model_card_says_what_is_needed(rank, needs, dense, tmp_path):
+    run("factorize", dense, tmp_path / "out", "--head_rank", rank)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n---\n# My BERT\n") and needs in card
+    assert "import fnl_hf" in card and "BertModel.from_pretrained" in card
+    (dense / "README.md").unlink()
+    run("factorize", dense, tmp_path / "bare", "--head_rank", rank)
+    assert (tmp_path / "bare" / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+
+
+# -- what is refused ---------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """The line on stderr of a command that ends with 2."""
+    assert run(*arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("fnl-hf: ") and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+def test_one_line_for_what_is_wrong(dense, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "holds no config.json" in refused(capsys, "inspect", tmp_path / "nowhere")
+    assert "is not factorized" in refused(capsys, "to-dense", dense, out)
+    assert "above its head_dim 8" in refused(capsys, "factorize", dense, out, "--head_rank", "9")
+    assert "head_rank is 1.5" in refused(capsys, "factorize", dense, out, "--head_rank", "1.5")
+    assert "exists and is not an empty directory" in refused(capsys, "factorize", dense, dense)
+    run("factorize", dense, tmp_path / "half")
+    assert "factorized already" in refused(capsys, "factorize", tmp_path / "half", out)
+    (dense / "model.safetensors").write_bytes(b"short")
+    assert "fnl-hf: " in refused(capsys, "inspect", dense)
+    (dense / "config.json").write_text("{")
+    assert "is not JSON" in refused(capsys, "inspect", dense)
+    (dense / "config.json").write_text('{"architectures": ["Mine"]}')
+    assert "has architectures ['Mine']" in refused(capsys, "inspect", dense)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "half"]  # nothing half-written is left
+
+
+def test_out_may_be_an_empty_directory_but_no_file(dense, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run("factorize", dense, tmp_path / "empty") == 0
+    (tmp_path / "file").touch()
+    assert "is not an empty directory" in refused(capsys, "factorize", dense, tmp_path / "file")
+
+
+def test_a_failed_save_leaves_nothing(dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tf.BertModel, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert "disk full" in refused(capsys, "factorize", dense, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["factorize", "a"], ["factorize", "a", "b", "--head_rank", "half"],
+                  ["factorize", "a", "b", "--rank_pattern", "["], ["factorize", "a", "b", "--rank_pattern", "3"]]
+)  # fmt: skip
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2 and "usage: fnl-hf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["factorize"], ["to-dense"], ["inspect"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0 and "DIR" in capsys.readouterr().out
