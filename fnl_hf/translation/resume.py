@@ -1,0 +1,79 @@
+"""What the checkpoints of a run are for: going on after it was stopped, and averaging."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .corpus import InputError
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Every `checkpoint-N` in `output_dir`, oldest first, whose trainer state, the last of its files, is whole."""
+    paths = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(_trainer_state, paths), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint to resume from, or None if a new run starts in `output_dir`.
+
+    A checkpoint that was being written when the run was killed is passed over, and replaced when training gets there
+    again.
+
+    Raises:
+        InputError: there is none, but there are other files, which a new run would mix with its own.
+    """
+    if checkpoints := complete_checkpoints(output_dir):
+        return checkpoints[-1]
+    others = sorted(path.name for path in Path(output_dir).glob("*") if not path.name.startswith("checkpoint-"))
+    if others:
+        raise InputError(
+            f"--output_dir {output_dir} holds {', '.join(others[:3])}, but no checkpoint to resume from. Give another "
+            "directory, or empty this one."
+        )
+    return None
+
+
+@torch.no_grad()
+def average_checkpoints_(model: PreTrainedModel, checkpoints: list[Path]) -> None:
+    """Give `model` the mean of the weights in `checkpoints`, as fairseq's recipes do before they evaluate.
+
+    The inverse-sqrt schedule ends at a learning rate far above zero: each single checkpoint is a noisy one.
+    """
+    states = [load_file(path / SAFE_WEIGHTS_NAME) for path in checkpoints]
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    model.load_state_dict(mean, strict=False)  # tied weights are stored once
+
+
+def is_finished(checkpoint: Path, max_steps: int) -> bool:
+    """Whether training ended with `checkpoint`, after `max_steps` steps (not above 0: those it was started with).
+
+    The Trainer itself does not ask: resumed there, it would do one step more.
+    """
+    state = _trainer_state(checkpoint)
+    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+
+
+def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
+    """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it."""
+    given = json.loads(config.to_json_string(use_diff=False))
+    stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    unrelated = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}  # set by the Trainer
+    for name in sorted((given.keys() & stored.keys()) - unrelated):
+        if given[name] != stored[name]:
+            values = f" ({stored[name]}, not {given[name]})" if isinstance(given[name], (int, float, str)) else ""
+            raise InputError(
+                f"{checkpoint} is of a model with another {name}{values}. Give the arguments that it was trained with, "
+                "or another --output_dir."
+            )
+
+
+def _trainer_state(checkpoint: Path) -> dict:
+    try:
+        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
