@@ -55,10 +55,13 @@ def frobenius_decay_(model: nn.Module, coefficient: float, kinds: Sequence[str] 
 def add_decay_gradients(products: Iterable[Factorization], coefficient: float) -> None:
     """The body of ``frobenius_decay_``, for products at hand."""
     for product in products:
-        for view, gradient in product.decay_gradients():
-            if view.parameter.grad is None:
-                view.parameter.grad = torch.zeros_like(view.parameter)
-            view.read(view.parameter.grad).add_(gradient, alpha=coefficient)
+        targets = []
+        for view in product.views:
+            parameter = view.parameter
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            targets.append(view.read(parameter.grad) if parameter.requires_grad else None)
+        product.form.add_decay_(product.tensors(), targets, coefficient)
 
 
 @torch.no_grad()
@@ -86,15 +89,22 @@ def decay_step(products: Iterable[Factorization], optimizer: torch.optim.Optimiz
     learning_rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler around a fused optimizer's step
     for product in products:
-        gradients = [(v, g) for v, g in product.decay_gradients() if v.parameter in learning_rates]
-        if not gradients:
+        rates = [learning_rates.get(view.parameter) for view in product.views]
+        moving = [
+            rate for view, rate in zip(product.views, rates, strict=True) if rate and view.parameter.requires_grad
+        ]
+        if not moving:
             continue
-        _check_stable(product, max(float(learning_rates[v.parameter]) for v, _ in gradients) * coefficient)
-        for view, gradient in gradients:
-            rate = learning_rates[view.parameter] * coefficient
+        tensors = product.tensors()
+        grams = product.form.decay_grams(tensors)
+        _check_stable(product, grams, max(map(float, moving)) * coefficient)
+        gradients = product.form.decay_gradients(tensors, grams)  # all of the old factors, before the first one moves
+        for view, rate, gradient in zip(product.views, rates, gradients, strict=True):
+            if not rate or not view.parameter.requires_grad:
+                continue
             if found_inf is not None:
-                rate = rate * (1 - found_inf.to(gradient))
-            view().sub_(gradient * rate)
+                gradient = gradient * (1 - found_inf.to(gradient))
+            view().sub_(gradient, alpha=float(rate) * coefficient)
 
 
 def check_coefficient(coefficient: float, name: str = "coefficient") -> None:
@@ -103,15 +113,14 @@ def check_coefficient(coefficient: float, name: str = "coefficient") -> None:
         raise ValueError(f"{name} is {coefficient}, expected a finite number of at least 0")
 
 
-def _check_stable(product: Factorization, rate: float) -> None:
+def _check_stable(product: Factorization, grams, rate: float) -> None:
     """With balanced factors a step takes σ to σ(1 − rate·σ)²: past rate·σ = 1 it overshoots (METHODS 1.2)."""
-    for factor in product.tensors():
-        if rate * float(torch.linalg.matrix_norm(factor).max()) ** 2 < 1:  # ‖·‖₂ ≤ ‖·‖_F, which is cheap
-            continue
-        spectral = float(torch.linalg.matrix_norm(factor.float(), 2).max())
-        if rate * spectral**2 >= 1:
-            raise FloatingPointError(
-                f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "
-                f"and a factor's spectral norm is {spectral:.3g}, but {rate:.3g} * {spectral:.3g}^2 must be below 1; "
-                "lower frobenius_decay or learning_rate"
-            )
+    if rate * float(product.form.stiffness(grams)) < 1:  # a bound, nearly for free
+        return
+    spectral = max(float(torch.linalg.matrix_norm(factor.float(), 2).max()) for factor in product.tensors())
+    if rate * spectral**2 >= 1:
+        raise FloatingPointError(
+            f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "
+            f"and a factor's spectral norm is {spectral:.3g}, but {rate:.3g} * {spectral:.3g}^2 must be below 1; "
+            "lower frobenius_decay or learning_rate"
+        )

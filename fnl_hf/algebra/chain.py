@@ -32,25 +32,56 @@ def squared_norm(factors: Sequence[Tensor]) -> Tensor:
     return (_sum_to(left, right) * right).sum()
 
 
-def decay_gradients(factors: Sequence[Tensor]) -> list[Tensor]:
+def decay_gradients(factors: Sequence[Tensor], grams: list | None = None) -> list[Tensor]:
     """The gradients of ½ Σ ‖A_1 ⋯ A_n‖²_F, one per factor and of its shape.
 
     One rule for every length: ∂A_i = P_i A_i S_i with the left Gram P_i = (A_1⋯A_{i-1})ᵀ(A_1⋯A_{i-1}) and the right
     Gram S_i = (A_{i+1}⋯A_n)(A_{i+1}⋯A_n)ᵀ, each built from its neighbour in one small product.
+
+    Args:
+        grams: what ``decay_grams(factors)`` returned, where the caller has it.
     """
+    grams = decay_grams(factors) if grams is None else grams
+    return [_gradient(factor, *pair) for factor, pair in zip(factors, grams, strict=True)]
+
+
+def add_decay_(factors: Sequence[Tensor], targets: Sequence[Tensor | None], scale: float) -> None:
+    """targets_i += scale · ∂A_i in place, None targets left out: ``decay_gradients`` without its temporaries.
+
+    The targets must not overlap the factors.
+    """
+    for factor, target, (left, right) in zip(factors, targets, decay_grams(factors), strict=True):
+        if target is None:
+            continue
+        one_gram = (left is None) != (right is None)
+        if one_gram and factor.dim() == 3 and factor.dtype == (left if right is None else right).dtype:
+            pair = (factor, right) if left is None else (left, factor)
+            if target.stride(-1) != 1:  # written along its rows, whichever way the factor lies
+                target, pair = target.mT, (pair[1].mT, pair[0].mT)
+            target.baddbmm_(*pair, alpha=scale)
+        else:
+            target.add_(_gradient(factor, left, right), alpha=scale)
+
+
+def decay_grams(factors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """(P_i, S_i) of every factor, None for an identity; summed over a group wherever its factor is shared."""
     working = [_accumulating(factor) for factor in factors]
-    gradients = []
-    for factor, working_factor, left, right in zip(
-        factors, working, _left_grams(working), _right_grams(working), strict=True
-    ):
-        gradient = working_factor
-        if left is not None:
-            # Summing a shared factor's Gram first is what keeps grouped heads as cheap as plain ones.
-            gradient = (_sum_to(left, factor) if right is None else left) @ gradient
-        if right is not None:
-            gradient = gradient @ (_sum_to(right, factor) if left is None else right)
-        gradients.append(gradient.sum_to_size(factor.shape).to(factor.dtype))
-    return gradients
+    pairs = zip(_left_grams(working), _right_grams(working), strict=True)
+    if len(factors) > 2:  # inside a longer chain P and S both depend on the group: their product is summed instead
+        return list(pairs)
+    return [
+        tuple(None if gram is None else _sum_to(gram, factor) for gram in pair)
+        for factor, pair in zip(factors, pairs, strict=True)
+    ]
+
+
+def stiffness(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+    """How much larger than its factor a decay gradient can be: a bound of max ‖P_i‖₂ ‖S_i‖₂ by traces, a scalar."""
+    bounds = []
+    for pair in grams:
+        traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1).max() for gram in pair if gram is not None]
+        bounds.append(reduce(torch.mul, traces))
+    return torch.stack(bounds).max()
 
 
 def singular_values(factors: Sequence[Tensor]) -> Tensor:
@@ -155,6 +186,14 @@ def _sum_to(gram: Tensor, like: Tensor) -> Tensor:
     """Sum a Gram over the batch dimensions along which ``like`` is shared."""
     shared = [i for i, (n, size) in enumerate(zip(gram.shape[:-2], like.shape[:-2], strict=True)) if size == 1 < n]
     return gram.sum(shared, keepdim=True) if shared else gram
+
+
+def _gradient(factor: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """P A S, of the factor's shape and dtype."""
+    gradient = _accumulating(factor)
+    gradient = gradient if left is None else left @ gradient
+    gradient = gradient if right is None else gradient @ right
+    return gradient.sum_to_size(factor.shape).to(factor.dtype)
 
 
 def _left_grams(factors: Sequence[Tensor]) -> list[Tensor | None]:

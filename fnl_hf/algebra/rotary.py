@@ -32,14 +32,35 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     return of_planes + chain.squared_norm(rest) if rest else of_planes
 
 
-def decay_gradients(tensors: Sequence[Tensor]) -> list[Tensor]:
+def decay_gradients(tensors: Sequence[Tensor], grams: tuple | None = None) -> list[Tensor]:
     """The gradients of ½ squared_norm, one per tensor: ½ ‖K_p‖² Q_p and ½ ‖Q_p‖² K_p."""
     queries, keys, *rest = tensors
+    of_queries, of_keys, of_rest = decay_grams(tensors) if grams is None else grams
     gradients = [
-        (_sizes(keys)[..., None, None] * queries / 2).to(queries.dtype),
-        (_summed_to(_sizes(queries), keys)[..., None, None] * keys / 2).to(keys.dtype),
+        (of_keys[..., None, None] * queries / 2).to(queries.dtype),
+        (of_queries[..., None, None] * keys / 2).to(keys.dtype),
     ]
-    return gradients + (chain.decay_gradients(rest) if rest else [])
+    return gradients + (chain.decay_gradients(rest, of_rest) if rest else [])
+
+
+def add_decay_(tensors: Sequence[Tensor], targets: Sequence[Tensor | None], scale: float) -> None:
+    """targets_i += scale · gradient in place, None targets left out."""
+    for gradient, target in zip(decay_gradients(tensors), targets, strict=True):
+        if target is not None:
+            target.add_(gradient, alpha=scale)
+
+
+def decay_grams(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list]:
+    """‖Q_p‖² (summed over a group) and ‖K_p‖² of every plane, and the Grams of the rest."""
+    queries, keys, *rest = tensors
+    return _summed_to(_sizes(queries), keys), _sizes(keys), chain.decay_grams(rest) if rest else []
+
+
+def stiffness(grams: tuple[Tensor, Tensor, list]) -> Tensor:
+    """How much larger than its factor a decay gradient can be, a scalar."""
+    of_queries, of_keys, of_rest = grams
+    planes = torch.maximum(of_queries.max(), of_keys.max()) / 2
+    return torch.maximum(planes, chain.stiffness(of_rest)) if of_rest else planes
 
 
 def balance(tensors: Sequence[Tensor], rank: int | None = None) -> list[Tensor]:
