@@ -201,7 +201,7 @@ def _with_own_biases(module: nn.Module, layout: _Layout) -> _Layout:
     def with_bias(role: str) -> HeadSlice:
         side, bias = getattr(layout, role), getattr(module, f"{role}_bias", None)
         own = side.bias is None and isinstance(bias, nn.Parameter) and bias.numel() == side.size * side.width
-        return replace(side, bias=f"{role}_bias") if own else side
+        return replace(side, bias=f"{role}_bias", bias_width=side.width) if own else side
 
     return _Layout(*map(with_bias, ("q", "k", "v")))
 

@@ -28,6 +28,8 @@ class HeadSlice:
     Attributes:
         weight, bias: parameter names below the declaring module, such as "self.query.weight".
         transposed: True for a Conv1D weight, which is stored (in, out).
+        bias_width: features per head of a bias that is a parameter of the attention module itself, of this projection
+            alone; it keeps that width when the heads get narrower. None for the bias of the weight's own leaf.
     """
 
     weight: str
@@ -38,6 +40,7 @@ class HeadSlice:
     repeats: int = 1
     offset: int = 0
     transposed: bool = False
+    bias_width: int | None = None
 
     def read(self, weight: Tensor) -> Tensor:
         """A tensor shaped like the weight as (*batch, width, in) for axis "out", (*batch, out, width) for "in"."""
@@ -47,10 +50,10 @@ class HeadSlice:
         return self._split(matrix, 0)
 
     def read_bias(self, bias: Tensor) -> Tensor:
-        """A tensor shaped like the bias, (out,), as (*batch, width); it may be of this projection alone."""
-        if bias.numel() == self.size * self.width:
-            return bias.unflatten(0, (*self.batch, self.width))
-        return self._split(bias, 0)
+        """A tensor shaped like the bias, (out,), as (*batch, width)."""
+        if self.bias_width is None:
+            return self._split(bias, 0)
+        return bias.unflatten(0, (*self.batch, self.bias_width)).narrow(-1, 0, self.width)
 
     def _split(self, tensor: Tensor, dim: int) -> Tensor:
         periods = tensor.unflatten(dim, (self.repeats, -1))

@@ -65,15 +65,15 @@ class HeadLinear(nn.Linear):
     """A projection of attention that stores its heads at their rank: ``weight`` is the factor, (narrow out, narrow in).
 
     ``in_features`` and ``out_features`` are what the model sees. ``rows`` narrows the output (q, k, v), ``columns``
-    the input (o). ``transposed`` remembers that the leaf was a Conv1D, which ``to_dense`` then restores.
+    the input (o). ``dense_type`` is the class of the leaf that ``to_dense`` restores.
     """
 
-    def __init__(self, in_features, out_features, bias, rows=None, columns=None, transposed=False, **factory):
+    def __init__(self, in_features, out_features, bias, rows=None, columns=None, dense_type=nn.Linear, **factory):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.rows: HeadPadding | None = rows
         self.columns: HeadPadding | None = columns
-        self.transposed = transposed
+        self.dense_type = dense_type
         self.compact = False
         stored_out = rows.narrow if rows else out_features
         stored_in = columns.narrow if columns else in_features
@@ -104,7 +104,7 @@ class HeadLinear(nn.Linear):
         weight = leaf.weight.mT if transposed else leaf.weight
         out_features, in_features = weight.shape
         narrow = cls(
-            in_features, out_features, leaf.bias is not None, rows, columns, transposed,
+            in_features, out_features, leaf.bias is not None, rows, columns, type(leaf),
             dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
         with torch.no_grad():
@@ -124,10 +124,11 @@ class HeadLinear(nn.Linear):
             dense.weight.copy_(_resize_weight(self.weight, self.rows, self.columns, "pad"))
             if self.bias is not None:
                 dense.bias.copy_(self.bias if self.rows is None else self.rows.pad(self.bias))
-        if self.transposed:
+        if self.dense_type is Conv1D:
             conv = Conv1D(out_features, in_features)
             conv.weight, conv.bias = nn.Parameter(dense.weight.detach().mT.contiguous()), dense.bias
             dense = conv
+        dense.__class__ = self.dense_type  # a subclass that computes the same, see planning
         return _like(dense, self)
 
 
@@ -212,6 +213,10 @@ def install(model: nn.Module, products: Iterable[Product]) -> None:
         declaration = HeadProduct(product.kind, left, right, product.left.width, product.rotary)
         owner = model.get_submodule(product.owner)
         owner.add_module(product.slot, declaration)
+        for side in (left, right):
+            if side.bias and side.bias_width:  # added after padding: nothing may stand beyond the rank
+                bias = owner.get_parameter(side.bias).data.unflatten(0, (*side.batch, side.bias_width))
+                bias[..., side.width :].zero_()
         if product.compact is not None:
             _make_compact(model, product, owner, declaration)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -77,9 +78,18 @@ def _narrows(model: nn.Module, product: Product) -> bool:
     if product.rotary is not None:
         return False
     sides = (product.left, product.right)
-    if any(side.bias and side.bias.rpartition(".")[0] != side.weight.rpartition(".")[0] for side in sides):
-        return False  # a bias outside the leaf would keep its old width
-    return all(type(_submodule(model, product.leaf(side))) in (nn.Linear, Conv1D) for side in sides)
+    return all(_is_linear(_submodule(model, product.leaf(side))) for side in sides)
+
+
+def _is_linear(leaf: nn.Module | None) -> bool:
+    """An ``nn.Linear`` or ``Conv1D``, or a subclass that only writes the same product differently (Falcon's)."""
+    if type(leaf) in (nn.Linear, Conv1D):
+        return True
+    if not isinstance(leaf, nn.Linear) or leaf.weight.shape != (leaf.out_features, leaf.in_features):
+        return False
+    x = torch.linspace(-1, 1, 3 * leaf.in_features, dtype=leaf.weight.dtype, device=leaf.weight.device).view(3, -1)
+    with torch.no_grad():
+        return torch.allclose(leaf(x), nn.functional.linear(x, leaf.weight, leaf.bias), rtol=1e-3, atol=1e-5)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
