@@ -77,7 +77,7 @@ def survey(model_type):
     with watching_softmax(model) as executed:
         outputs(model, inputs)
     sites = find_attention(model)
-    row = {"executed": sorted(executed), "products": [], "skipped": [], "missed": [], "other": [], "wrong": []}
+    row = {"executed": len(executed), "missed": [], "other": [], "wrong": []}
     for name in sorted(executed):
         if not any(name == site.name or name.startswith(f"{site.name}.") for site in sites):
             module = model.get_submodule(name)
@@ -91,12 +91,10 @@ def survey(model_type):
         verdict = recording.verdict(product.owner, product.name, declaration)
         if not verdict.exact and verdict.reason != UNREACHED:
             row["wrong"].append(str(verdict))
-    kinds = {product.name: product.kind for product in proven}
-    claimed_kinds = {product.name: product.kind for product in claimed}
-    row["products"] = [
-        {"name": name, "kind": kind, "unasked": claimed_kinds.get(name) == kind} for name, kind in kinds.items()
-    ]
-    row["skipped"] = skipped
+    row["products"] = collections.Counter(product.kind for product in proven)
+    row["skipped"] = sorted({f"{entry['kind']}: {entry['reason']}" for entry in skipped})
+    unasked = {(product.name, product.kind) for product in claimed}
+    row["found without inputs"] = all((product.name, product.kind) in unasked for product in proven)
     return row
 
 
@@ -125,21 +123,17 @@ def report(rows):
         f"{len(attention)} with softmax attention, {sum('error' in r for r in rows.values())} errors of ours"
     ]
     for slot in ("qk", "ov"):
-        having = [r for r in attention.values() if any(slot in p["kind"] for p in r["products"])]
-        rotary = [r for r in having if any(p["kind"] == f"rotary-{slot}" for p in r["products"])]
-        unasked = [r for r in having if all(p["unasked"] for p in r["products"] if slot in p["kind"])]
+        having = [r for r in attention.values() if any(slot in kind for kind in r["products"])]
+        rotary = [r for r in having if f"rotary-{slot}" in r["products"]]
+        unasked = sum(r["found without inputs"] for r in having)
         lines.append(
             f"{slot}: exact in {len(having)} types"
             + (f" ({len(rotary)} rotary)" if rotary else "")
-            + f", of these all found without example inputs in {len(unasked)}"
+            + f", of these all found without example inputs in {unasked}"
         )
     clean = [t for t, r in attention.items() if not r["wrong"] and not r["missed"]]
     lines.append(f"every product proven or skipped with a reason in {len(clean)} of {len(attention)} types")
-    reasons = collections.Counter(
-        f"{s['kind']}: {s['reason'].split(' (')[0][:100]}"
-        for r in attention.values()
-        for s in {(s["kind"], s["reason"]): s for s in r["skipped"]}.values()
-    )
+    reasons = collections.Counter(reason.split(" (")[0][:110] for r in attention.values() for reason in r["skipped"])
     lines += [f"  {count:4d} types skip {reason}" for reason, count in reasons.most_common()]
     lines.append(
         f"{sum(bool(r['other']) for r in attention.values())} types run a softmax without queries (routers, …)"

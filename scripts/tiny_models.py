@@ -125,17 +125,30 @@ RULES = [
     (r"^(num_frames|frames_per_clip)$", _cap(4)),
     (r"^keypoint_decoder_dim$", None),
     (r"n_mels$|num_mel_bins$|mel_bins$", _cap(16)),
-    (r"(intermediate|ffn|mlp|feedforward|feed_forward|d_ff|n_inner|d_inner|dim_ff|dff)"
-     r"(_?(size|dim|hidden_dim|hidden_size))?$", _set(MLP)),
+    (
+        r"(intermediate|ffn|mlp|feedforward|feed_forward|d_ff|n_inner|d_inner|dim_ff|dff)"
+        r"(_?(size|dim|hidden_dim|hidden_size))?$",
+        _set(MLP),
+    ),
     (r"(kernel|chunk|block|window|group|stride|batch|crop|merge|feature_map|sample)_size$|sampling_rate", None),
     (r"^(num_channels|in_chans|type_vocab_size)$", None),
-    (r"(hidden_size(_global)?|d_model|n_embd|embed_dim|hidden_dim|emb_dim|_channels|_width|_units|_size|_dim|^dim|_features|"
-     r"embedding_size|_features_dim|channels)$", lambda v, ctx: ctx["width"] if v >= 32 else v),
+    (
+        r"(hidden_size(_global)?|d_model|n_embd|embed_dim|hidden_dim|emb_dim|_channels|_width|_units|_size|_dim|^dim|_features|"
+        r"embedding_size|_features_dim|channels)$",
+        lambda v, ctx: ctx["width"] if v >= 32 else v,
+    ),
 ]
 RULES = [(re.compile(pattern), rule) for pattern, rule in RULES]
 # Optional sizes that some class needs although its own default is None.
-NONE_VALUES = {"topk_group": 1, "n_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4, "sliding_window": 8,
-               "vocab_size": VOCAB, "num_key_value_heads": HEADS // 2}
+NONE_VALUES = {
+    "topk_group": 1,
+    "n_group": 1,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "sliding_window": 8,
+    "vocab_size": VOCAB,
+    "num_key_value_heads": HEADS // 2,
+}
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth", "encoder_layers", "layers")
 PER_LAYER = re.compile(r"layer|types|pattern|block|intermediate|rope_theta|_ids")
 CHANNELS = re.compile(r"(sizes|dims?|channels|planes|channel_list|per_stage|filters)$")
@@ -205,8 +218,14 @@ def _depth_field(config, names):
 
 def _layer_choice(config, names, depth):
     """One layer of every distinct combination of per-layer settings (at least two), and the names of those lists."""
-    lists = {n: v for n in names if PER_LAYER.search(n) and isinstance(v := _read(config, n), (list, tuple))
-             and len(v) == depth and depth >= LAYERS}
+    lists = {
+        n: v
+        for n in names
+        if PER_LAYER.search(n)
+        and isinstance(v := _read(config, n), (list, tuple))
+        and len(v) == depth
+        and depth >= LAYERS
+    }
     if not lists:
         return None, []
     kinds = list(zip(*(map(repr, v) for v in lists.values()), strict=True))
@@ -217,12 +236,22 @@ def _layer_choice(config, names, depth):
 def shrink(config, profile):
     """A tiny config of the same class. Only constructor fields are set, so derived attributes follow from them."""
     names = _fields(config)
-    heads = next((v for n in ("num_attention_heads", "n_heads", "num_heads", "n_head")
-                  if isinstance(v := _read(config, n), int)), None)
+    heads = next(
+        (
+            v
+            for n in ("num_attention_heads", "n_heads", "num_heads", "n_head")
+            if isinstance(v := _read(config, n), int)
+        ),
+        None,
+    )
     stages = ("depths", "hidden_sizes", "num_heads", "embed_dim_per_stage")
     hierarchical = any(isinstance(_read(config, n), (list, tuple)) for n in stages)
-    ctx = {**profile, "heads": heads, "image": (128 if "window_size" in names else 64) if hierarchical else 32,
-           "width": 32 if hierarchical else HIDDEN}
+    ctx = {
+        **profile,
+        "heads": heads,
+        "image": (128 if "window_size" in names else 64) if hierarchical else 32,
+        "width": 32 if hierarchical else HIDDEN,
+    }
     depth = _depth_field(config, names)
     keep, per_layer = _layer_choice(config, names, _read(config, depth) if depth else 0)
     values = {}
@@ -256,8 +285,13 @@ def shrink(config, profile):
 def _resnet(timm_config):
     """A tiny ResNet with as many feature maps as the timm backbone in its place."""
     maps = len(_read(timm_config, "_out_indices") or _read(timm_config, "out_indices") or [4])
-    return CONFIG_MAPPING["resnet"](embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1],
-                                    layer_type="basic", out_indices=list(range(5 - maps, 5)))
+    return CONFIG_MAPPING["resnet"](
+        embedding_size=16,
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_indices=list(range(5 - maps, 5)),
+    )
 
 
 def _shrink_value(name, value, ctx):
@@ -284,49 +318,88 @@ def _shrink_taps(config, depth):
 _HGNET_OUT = [48, 64, 64]
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 OVERRIDES = {
-    **dict.fromkeys(["autoformer", "informer", "time_series_transformer"],
-                    {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 2,
-                     "label_length": 4}),
-    **dict.fromkeys(["d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"],
-                    {"encoder_in_channels": _HGNET_OUT, "decoder_in_channels": [HIDDEN] * 3}),
-    **dict.fromkeys(["rt_detr", "rt_detr_v2"],
-                    {"encoder_in_channels": [64, 128, 256], "decoder_in_channels": [HIDDEN] * 3}),
+    **dict.fromkeys(
+        ["autoformer", "informer", "time_series_transformer"],
+        {
+            "prediction_length": 4,
+            "context_length": 8,
+            "lags_sequence": [1, 2],
+            "num_time_features": 2,
+            "label_length": 4,
+        },
+    ),
+    **dict.fromkeys(
+        ["d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4"],
+        {"encoder_in_channels": _HGNET_OUT, "decoder_in_channels": [HIDDEN] * 3},
+    ),
+    **dict.fromkeys(
+        ["rt_detr", "rt_detr_v2"], {"encoder_in_channels": [64, 128, 256], "decoder_in_channels": [HIDDEN] * 3}
+    ),
     **dict.fromkeys(["sam_vision_model", "sam_hq_vision_model"], {"num_pos_feats": HIDDEN // 2}),
     **dict.fromkeys(["llava_next", "llava_next_video", "llava_onevision"], {"image_grid_pinpoints": [[32, 32]]}),
     **dict.fromkeys(["clvp_encoder", "clvp_decoder"], {"num_attention_heads": 2}),
-    **dict.fromkeys(["sam2_vision_model", "sam2_hiera_det_model"],
-                    {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "global_attention_blocks": [2]}),
+    **dict.fromkeys(
+        ["sam2_vision_model", "sam2_hiera_det_model"],
+        {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "global_attention_blocks": [2]},
+    ),
     **dict.fromkeys(["sam3_vision_model"], {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}),
     **dict.fromkeys(["diffusion_gemma_text"], {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": MLP}),
     **dict.fromkeys(["t5gemma2_decoder", "t5gemma2_encoder", "t5gemma2_text"], {"dropout_rate": 0.0}),
     **dict.fromkeys(["lw_detr", "lw_detr_vit"], {"num_windows": 4}),
-    **dict.fromkeys(["vibevoice_acoustic_tokenizer", "vibevoice_acoustic_tokenizer_encoder",
-                     "vibevoice_acoustic_tokenizer_decoder"], {"num_filters": 2, "n_filters": 2}),
+    **dict.fromkeys(
+        [
+            "vibevoice_acoustic_tokenizer",
+            "vibevoice_acoustic_tokenizer_encoder",
+            "vibevoice_acoustic_tokenizer_decoder",
+        ],
+        {"num_filters": 2, "n_filters": 2},
+    ),
     **dict.fromkeys(["glm5_next", "glm5_next_text"], {"index_topk": 4, "index_kpool": 2}),
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "chameleon": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
     "clap_audio_model": {"spec_size": 128},
     "cohere_compass_text": {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     "dac": {"encoder_hidden_size": 4, "decoder_hidden_size": 32},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
-             "ffn_config": {"ffn_hidden_size": MLP, "moe_num_experts": 4, "moe_top_k": 2}},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2,
-                           "n_group": 1, "topk_group": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": MLP, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_ocr2_text": {
+        "mlp_layer_types": ["dense", "sparse"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "depth_pro": {"patch_size": 32},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {"swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32,
-                        "swa_kv_lora_rank": 32, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16},
+    "dots3_note_text": {
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": HEADS,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
     "efficientloftr": {"hidden_size": 256},
     "ernie4_5_vl_moe_text": {"head_dim": 24, "rope_parameters": {**_ROPE, "mrope_section": [4, 4, 4]}},
-    **dict.fromkeys(["instructblip", "instructblipvideo"],
-                    {"image_token_index": FIRST_SPECIAL, "video_token_index": FIRST_SPECIAL}),
+    **dict.fromkeys(
+        ["instructblip", "instructblipvideo"], {"image_token_index": FIRST_SPECIAL, "video_token_index": FIRST_SPECIAL}
+    ),
     "fastspeech2_conformer_hifigan": {"model_in_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1]},
     "dinov3_vit": {"return_class_token": True},
-    "hgnet_v2": {"stem_channels": [3, 16, 16], "stage_in_channels": [16, 32, 48, 64], "hidden_sizes": [32, 48, 64, 64],
-                 "stage_mid_channels": [16] * 4, "stage_out_channels": [32, *_HGNET_OUT],
-                 "stage_numb_of_layers": [1] * 4, "stage_num_blocks": [1] * 4},
+    "hgnet_v2": {
+        "stem_channels": [3, 16, 16],
+        "stage_in_channels": [16, 32, 48, 64],
+        "hidden_sizes": [32, 48, 64, 64],
+        "stage_mid_channels": [16] * 4,
+        "stage_out_channels": [32, *_HGNET_OUT],
+        "stage_numb_of_layers": [1] * 4,
+        "stage_num_blocks": [1] * 4,
+    },
     "levit": {"patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
@@ -339,9 +412,13 @@ OVERRIDES = {
     "moonshine_streaming": {"num_key_value_heads": HEADS},
     "muse_spark_audio": {"num_hidden_layers": 4, "out_hidden_size": HIDDEN},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": MLP},
-    "qwen4_exp_text": {"indexer_budget": 4, "indexer_compress_ratio": 2, "indexer_head_dim": 16,
-                       "indexer_n_heads": 2,
-                       "indexer_kv_heads": 1},
+    "qwen4_exp_text": {
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "indexer_head_dim": 16,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+    },
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "tvp": {"visual_prompt_size": 8, "max_img_size": 32},
     "vipllava": {"vision_feature_layers": [-1, -2]},
@@ -349,18 +426,32 @@ OVERRIDES = {
     "vitdet": {"patch_size": 16},
     "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "pix2struct_text_model": {"initializer_range": 0.02},
-    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [4, 8], "local_attn_chunk_length": 4,
-                 "lsh_attn_chunk_length": 4, "max_position_embeddings": 32, "attn_layers": ["local", "lsh"],
-                 "num_buckets": 2},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 48],
+        "axial_pos_shape": [4, 8],
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+        "max_position_embeddings": 32,
+        "attn_layers": ["local", "lsh"],
+        "num_buckets": 2,
+    },
     "seggpt": {"num_hidden_layers": 5, "merge_index": 0, "intermediate_hidden_state_indices": [1, 2, 3, 4]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-              "attention_head_dim": 2 * HIDDEN // HEADS, "attention_hidden_size": 2 * HIDDEN},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_head_dim": 2 * HIDDEN // HEADS,
+        "attention_hidden_size": 2 * HIDDEN,
+    },
 }
 # Tried in order until one runs: head_dim * heads differs from the hidden size if the class permits it.
-PROFILES = [{"head_dim": 24, "set_head_dim": True}, {"head_dim": 24, "fill": True, "set_head_dim": True},
-            {"head_dim": 16, "fill": True}, {"head_dim": 16, "mrope": True},
-            {"head_dim": 24, "mrope": True, "set_head_dim": True}]
+PROFILES = [
+    {"head_dim": 24, "set_head_dim": True},
+    {"head_dim": 24, "fill": True, "set_head_dim": True},
+    {"head_dim": 16, "fill": True},
+    {"head_dim": 16, "mrope": True},
+    {"head_dim": 24, "mrope": True, "set_head_dim": True},
+]
 
 
 # ------------------------------------------------------------------------------------------------------ building
@@ -416,9 +507,16 @@ def _classes(model_type, config):
         if mapped:
             return mapped
         raise
-    found = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, PreTrainedModel)
-             and c.config_class is type(config) and "PreTrained" not in c.__name__
-             and c.forward is not nn.Module.forward and c not in mapped]
+    found = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c)
+        and issubclass(c, PreTrainedModel)
+        and c.config_class is type(config)
+        and "PreTrained" not in c.__name__
+        and c.forward is not nn.Module.forward
+        and c not in mapped
+    ]
     return mapped + sorted(found, key=lambda c: (not c.__name__.endswith(("Model", "Encoder")), len(c.__mro__)))
 
 
@@ -498,8 +596,9 @@ class _Examples:
         size = _config_value(self.config, "image_size", default=64)
         size = [size["height"], size["width"]] if isinstance(size, dict) else size
         self.size = tuple(size)[-2:] if isinstance(size, (list, tuple)) and len(size) > 1 else (_first(size),) * 2
-        self.mels = _config_value(self.config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim",
-                                  "n_mels", default=16)
+        self.mels = _config_value(
+            self.config, "num_mel_bins", "input_feat_per_channel", "feature_size", "input_dim", "n_mels", default=16
+        )
 
     def randn(self, *shape):
         return torch.randn(*shape, generator=self.generator)
@@ -518,18 +617,30 @@ class _Examples:
         if name in ("attention_mask",):
             return [torch.ones(2, TEXT_LENGTH, dtype=torch.long)]
         if name in ("pixel_values", "pixel_values_images", "images", "image", "input"):
-            return [self.randn(2, self.channels, height, width), self.randn(2, frames, self.channels, height, width),
-                    self.randn(2, 1, self.channels, height, width), self.randn(2, self.channels, 64, 64),
-                    self.randn(2, 1, self.channels, 2 * height, 2 * width)]
+            return [
+                self.randn(2, self.channels, height, width),
+                self.randn(2, frames, self.channels, height, width),
+                self.randn(2, 1, self.channels, height, width),
+                self.randn(2, self.channels, 64, 64),
+                self.randn(2, 1, self.channels, 2 * height, 2 * width),
+            ]
         if name in ("pixel_values_videos", "video"):
             return [self.randn(2, frames, self.channels, height, width)]
         if name in ("input_values", "waveform", "audio_values", "audio", "input_audio"):
-            return [self.randn(2, 2000), self.randn(2, 1, 2000), self.randn(2, 64, self.mels),
-                    self.randn(2, TEXT_LENGTH, self.hidden)]
+            return [
+                self.randn(2, 2000),
+                self.randn(2, 1, 2000),
+                self.randn(2, 64, self.mels),
+                self.randn(2, TEXT_LENGTH, self.hidden),
+            ]
         if name in ("input_features", "spectrogram", "audio_features"):
             length = 2 * _config_value(self.config, "max_source_positions", default=32)
-            return [self.randn(2, self.mels, length), self.randn(2, length, self.mels),
-                    self.randn(2, 1, length, self.mels), self.randn(2, length, 2 * self.mels)]
+            return [
+                self.randn(2, self.mels, length),
+                self.randn(2, length, self.mels),
+                self.randn(2, 1, length, self.mels),
+                self.randn(2, length, 2 * self.mels),
+            ]
         if name in ("hidden_states", "inputs_embeds", "query_embeds", "x"):
             return [self.randn(2, TEXT_LENGTH, self.hidden), self.randn(TEXT_LENGTH, self.hidden)]
         if name in ("encoder_hidden_states", "cross_attention_states", "context"):
@@ -540,8 +651,11 @@ class _Examples:
         if name in ("bbox",):
             box = torch.tensor([1, 2, 30, 40])
             bros = self.config.model_type == "bros"  # four corners, relative
-            return [torch.tensor([[0.1, 0.1, 0.3, 0.1, 0.3, 0.2, 0.1, 0.2]]).repeat(2, TEXT_LENGTH, 1) if bros
-                    else (box / 100 if self.config.model_type == "udop" else box).repeat(2, TEXT_LENGTH, 1)]
+            return [
+                torch.tensor([[0.1, 0.1, 0.3, 0.1, 0.3, 0.2, 0.1, 0.2]]).repeat(2, TEXT_LENGTH, 1)
+                if bros
+                else (box / 100 if self.config.model_type == "udop" else box).repeat(2, TEXT_LENGTH, 1)
+            ]
         if name == "merge_sizes":
             return [torch.tensor([1])]
         if name == "input_features_mask":
@@ -554,9 +668,13 @@ class _Examples:
         """Patches of one image in the layout of Qwen2-VL and its heirs: [patches, channels * time * patch**2]."""
         patch = _first(_config_value(self.config, "patch_size", default=8))
         time_patch = _config_value(self.config, "temporal_patch_size", default=1)
-        return [self.randn(16, self.channels * time_patch * patch**2), self.randn(16, self.channels * patch**2),
-                self.randn(16, self.channels * 2 * patch**2), self.randn(16, self.channels, patch, patch),
-                self.randn(1, 16, self.channels, patch, patch)]
+        return [
+            self.randn(16, self.channels * time_patch * patch**2),
+            self.randn(16, self.channels * patch**2),
+            self.randn(16, self.channels * 2 * patch**2),
+            self.randn(16, self.channels, patch, patch),
+            self.randn(1, 16, self.channels, patch, patch),
+        ]
 
     def candidates(self):
         """Keyword arguments to try, the ones that use most of the model first."""
@@ -564,11 +682,15 @@ class _Examples:
         if (special := INPUTS.get(self.config.model_type)) is not None:
             yield {n: v for n, v in special(self).items() if n in parameters}
         main = getattr(self.model, "main_input_name", "input_ids")
-        required = [n for n, p in parameters.items()
-                    if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        required = [
+            n
+            for n, p in parameters.items()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
         decoder = ["decoder_input_ids"] if "decoder_input_ids" in parameters else []
-        media = [n for n in ("pixel_values", "input_features", "input_values", "pixel_values_videos")
-                 if n in parameters]
+        media = [
+            n for n in ("pixel_values", "input_features", "input_values", "pixel_values_videos") if n in parameters
+        ]
         if "input_ids" in parameters and media:
             yield from self.with_media(parameters)
         choices = []
@@ -600,10 +722,16 @@ class _Examples:
         for name in ("input_features_mask", "padding_mask"):
             if name in parameters and name not in inputs and "input_features" in inputs:
                 extra[name] = torch.ones(2, inputs["input_features"].shape[-1], dtype=torch.long)
-                extra[name] = extra[name] if extra[name].shape[1] > self.mels else torch.ones(
-                    2, inputs["input_features"].shape[1], dtype=torch.long)
-        if "encoder_hidden_states" in parameters and "decoder_input_ids" not in parameters and (
-                "encoder_hidden_states" not in inputs):
+                extra[name] = (
+                    extra[name]
+                    if extra[name].shape[1] > self.mels
+                    else torch.ones(2, inputs["input_features"].shape[1], dtype=torch.long)
+                )
+        if (
+            "encoder_hidden_states" in parameters
+            and "decoder_input_ids" not in parameters
+            and ("encoder_hidden_states" not in inputs)
+        ):
             extra["encoder_hidden_states"] = self.layouts("encoder_hidden_states")[0]
         if extra:
             yield {**inputs, **extra}
@@ -613,17 +741,24 @@ class _Examples:
         height, width = self.size
         grid = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
         flat = self.randn(1, 16, self.channels * 64)
-        images = [{"pixel_values": self.randn(1, self.channels, height, width)},
-                  {"pixel_values": self.randn(1, 1, self.channels, height, width)},
-                  *({"pixel_values": p, **grid} for p in self.flat_patches()),
-                  {"pixel_values": flat, "spatial_shapes": torch.tensor([[4, 4]]),
-                   "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long)},
-                  {"pixel_values": self.randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])}]
+        images = [
+            {"pixel_values": self.randn(1, self.channels, height, width)},
+            {"pixel_values": self.randn(1, 1, self.channels, height, width)},
+            *({"pixel_values": p, **grid} for p in self.flat_patches()),
+            {
+                "pixel_values": flat,
+                "spatial_shapes": torch.tensor([[4, 4]]),
+                "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+            },
+            {"pixel_values": self.randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])},
+        ]
         images.append({"pixel_values": self.randn(1, 2, self.channels, height, width)})
         images += [{**i, "image_sizes": torch.tensor([[height, width]])} for i in (*images[:2], images[-1])]
-        sounds = [{"input_features": self.randn(1, *shape), mask: torch.ones(1, 64, dtype=torch.long)}
-                  for shape in ((self.mels, 64), (64, self.mels))
-                  for mask in ("input_features_mask", "feature_attention_mask", "none")]
+        sounds = [
+            {"input_features": self.randn(1, *shape), mask: torch.ones(1, 64, dtype=torch.long)}
+            for shape in ((self.mels, 64), (64, self.mels))
+            for mask in ("input_features_mask", "feature_attention_mask", "none")
+        ]
         yield "get_image_features", ("image_token_id", "image_token_index"), images
         yield "get_audio_features", ("audio_token_id", "audio_token_index"), sounds
 
@@ -663,18 +798,30 @@ def _patch_inputs(e, width, **more):
 
 
 def _time_series(e):
-    return {"past_values": e.randn(2, 10), "past_time_features": e.randn(2, 10, 2), "future_values": e.randn(2, 4),
-            "past_observed_mask": torch.ones(2, 10), "future_time_features": e.randn(2, 4, 2)}
+    return {
+        "past_values": e.randn(2, 10),
+        "past_time_features": e.randn(2, 10, 2),
+        "future_values": e.randn(2, 4),
+        "past_observed_mask": torch.ones(2, 10),
+        "future_time_features": e.randn(2, 4, 2),
+    }
 
 
 def _omni_audio(e):
-    return {"input_features": e.randn(e.mels, 64), "feature_lens": torch.tensor([64]),
-            "aftercnn_lens": torch.tensor([32])}
+    return {
+        "input_features": e.randn(e.mels, 64),
+        "feature_lens": torch.tensor([64]),
+        "aftercnn_lens": torch.tensor([32]),
+    }
 
 
 def _siglip2(e):
-    return _patch_inputs(e, 3 * 64, pixel_attention_mask=torch.ones(2, 16, dtype=torch.long),
-                         spatial_shapes=torch.tensor([[4, 4], [4, 4]]))
+    return _patch_inputs(
+        e,
+        3 * 64,
+        pixel_attention_mask=torch.ones(2, 16, dtype=torch.long),
+        spatial_shapes=torch.tensor([[4, 4], [4, 4]]),
+    )
 
 
 def _flattened_patches(e):
@@ -695,25 +842,34 @@ def _tiles(e, count):
 def _kosmos(e):
     latents = _config_value(e.config, "latent_query_num", default=16)
     mask = torch.zeros(2, latents + 6, dtype=torch.bool)
-    mask[:, 2:latents + 2] = True
+    mask[:, 2 : latents + 2] = True
     return _one_image(e, (2, 3), input_ids=e.ids(latents + 6), image_embeds_position_mask=mask)
 
 
 def _instructblip(e, frames=()):
     count = e.config.num_query_tokens * math.prod(frames or (1,))
-    ids = torch.cat([torch.full((2, count), e.config.image_token_index if not frames else
-                                e.config.video_token_index), e.ids(6)], 1)
+    ids = torch.cat(
+        [torch.full((2, count), e.config.image_token_index if not frames else e.config.video_token_index), e.ids(6)], 1
+    )
     return _one_image(e, (2, *frames, 3), input_ids=ids, qformer_input_ids=e.ids(6))
 
 
 def _detr_encoder(e):
-    return {"vision_features": [e.randn(2, e.hidden, 4, 4)], "text_features": e.randn(2, 6, e.hidden),
-            "vision_pos_embeds": [e.randn(2, e.hidden, 4, 4)], "spatial_sizes": [(4, 4)]}
+    return {
+        "vision_features": [e.randn(2, e.hidden, 4, 4)],
+        "text_features": e.randn(2, 6, e.hidden),
+        "vision_pos_embeds": [e.randn(2, e.hidden, 4, 4)],
+        "spatial_sizes": [(4, 4)],
+    }
 
 
 def _detr_decoder(e):
-    return {"vision_features": e.randn(2, 16, e.hidden), "text_features": e.randn(2, 6, e.hidden),
-            "vision_pos_encoding": e.randn(2, 16, e.hidden), "spatial_shapes": torch.tensor([[4, 4]])}
+    return {
+        "vision_features": e.randn(2, 16, e.hidden),
+        "text_features": e.randn(2, 6, e.hidden),
+        "vision_pos_encoding": e.randn(2, 16, e.hidden),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+    }
 
 
 # Inputs of the model types whose forward takes something special; tried before the guesses.
@@ -724,44 +880,72 @@ INPUTS = {
     **dict.fromkeys(["pix2struct_vision_model", "kosmos_2_5_vision_model"], _flattened_patches),
     **dict.fromkeys(["sam3_detr_encoder", "sam3_lite_text_detr_encoder"], _detr_encoder),
     **dict.fromkeys(["sam3_detr_decoder", "sam3_lite_text_detr_decoder"], _detr_decoder),
-    **dict.fromkeys(["minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"],
-                    lambda e: {"pixel_values": e.randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])}),
-    **dict.fromkeys(["patchtst", "patchtsmixer"], lambda e: {
-        "past_values": e.randn(2, e.config.context_length, e.config.num_input_channels)}),
-    **dict.fromkeys(["timesfm", "timesfm2_5"], lambda e: {
-        "past_values": e.randn(2, 64), "past_values_padding": torch.zeros(2, 64, dtype=torch.long),
-        "freq": torch.zeros(2, 1, dtype=torch.long)}),
-    **dict.fromkeys(["musicgen", "musicgen_melody"], lambda e: {
-        "input_ids": e.ids(TEXT_LENGTH), "decoder_input_ids": e.ids(5, 2 * e.config.decoder.num_codebooks)}),
+    **dict.fromkeys(
+        ["minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"],
+        lambda e: {"pixel_values": e.randn(1, 3, 8, 128), "target_sizes": torch.tensor([[4, 4]])},
+    ),
+    **dict.fromkeys(
+        ["patchtst", "patchtsmixer"],
+        lambda e: {"past_values": e.randn(2, e.config.context_length, e.config.num_input_channels)},
+    ),
+    **dict.fromkeys(
+        ["timesfm", "timesfm2_5"],
+        lambda e: {
+            "past_values": e.randn(2, 64),
+            "past_values_padding": torch.zeros(2, 64, dtype=torch.long),
+            "freq": torch.zeros(2, 1, dtype=torch.long),
+        },
+    ),
+    **dict.fromkeys(
+        ["musicgen", "musicgen_melody"],
+        lambda e: {"input_ids": e.ids(TEXT_LENGTH), "decoder_input_ids": e.ids(5, 2 * e.config.decoder.num_codebooks)},
+    ),
     "decision_transformer": lambda e: {
-        "states": e.randn(2, 4, e.config.state_dim), "actions": e.randn(2, 4, e.config.act_dim),
-        "rewards": e.randn(2, 4, 1), "returns_to_go": e.randn(2, 4, 1),
-        "timesteps": torch.arange(4).repeat(2, 1), "attention_mask": torch.ones(2, 4)},
+        "states": e.randn(2, 4, e.config.state_dim),
+        "actions": e.randn(2, 4, e.config.act_dim),
+        "rewards": e.randn(2, 4, 1),
+        "returns_to_go": e.randn(2, 4, 1),
+        "timesteps": torch.arange(4).repeat(2, 1),
+        "attention_mask": torch.ones(2, 4),
+    },
     "dia_decoder": lambda e: {
         "input_ids": torch.stack([e.ids(6)] * e.config.num_channels, -1),
-        "encoder_hidden_states": e.randn(2, 6, e.config.cross_hidden_size)},
+        "encoder_hidden_states": e.randn(2, 6, e.config.cross_hidden_size),
+    },
     "florence_vision": lambda e: {"hidden_states": e.randn(2, 3, 64, 64)},
-    "gemma3n_audio": lambda e: {"audio_mel": e.randn(2, 64, e.config.input_feat_size),
-                                "audio_mel_mask": torch.zeros(2, 64, dtype=torch.bool)},
+    "gemma3n_audio": lambda e: {
+        "audio_mel": e.randn(2, 64, e.config.input_feat_size),
+        "audio_mel_mask": torch.zeros(2, 64, dtype=torch.bool),
+    },
     "gemma4_audio": lambda e: {"input_features": e.randn(2, 64, 128)},
     "gemma4_vision": lambda e: {
         "pixel_values": e.randn(1, 36, 3 * e.config.patch_size**2),
-        "pixel_position_ids": torch.tensor([[i // 6, i % 6] for i in range(36)])[None]},
-    "idefics": lambda e: _one_image(e, (2, 1, 3), input_ids=e.ids(TEXT_LENGTH),
-                                    image_attention_mask=torch.ones(2, TEXT_LENGTH, 1, dtype=torch.long)),
+        "pixel_position_ids": torch.tensor([[i // 6, i % 6] for i in range(36)])[None],
+    },
+    "idefics": lambda e: _one_image(
+        e, (2, 1, 3), input_ids=e.ids(TEXT_LENGTH), image_attention_mask=torch.ones(2, TEXT_LENGTH, 1, dtype=torch.long)
+    ),
     "instructblip": _instructblip,
     "instructblipvideo": lambda e: _instructblip(e, (2,)),
     "kosmos-2": _kosmos,
-    "lxmert": lambda e: {"input_ids": e.ids(TEXT_LENGTH), "visual_feats": e.randn(2, 5, e.config.visual_feat_dim),
-                         "visual_pos": e.randn(2, 5, e.config.visual_pos_dim)},
-    "mllama": lambda e: {**_tiles(e, e.config.vision_config.max_num_tiles), "input_ids": e.ids(TEXT_LENGTH, 1),
-                         "cross_attention_mask": torch.ones(1, TEXT_LENGTH, 1, e.config.vision_config.max_num_tiles)},
+    "lxmert": lambda e: {
+        "input_ids": e.ids(TEXT_LENGTH),
+        "visual_feats": e.randn(2, 5, e.config.visual_feat_dim),
+        "visual_pos": e.randn(2, 5, e.config.visual_pos_dim),
+    },
+    "mllama": lambda e: {
+        **_tiles(e, e.config.vision_config.max_num_tiles),
+        "input_ids": e.ids(TEXT_LENGTH, 1),
+        "cross_attention_mask": torch.ones(1, TEXT_LENGTH, 1, e.config.vision_config.max_num_tiles),
+    },
     "mllama_text_model": lambda e: {"input_ids": e.ids(TEXT_LENGTH), "cross_attention_states": e.randn(2, 6, e.hidden)},
     "mllama_vision_model": lambda e: _tiles(e, e.config.max_num_tiles),
     "molmo2_vision": lambda e: {"pixel_values": e.randn(2, 64, 3 * 64)},
     "moshi_depth": lambda e: {"input_ids": e.ids(3), "last_hidden_state": e.randn(2, 1, e.config.input_size)},
-    "phi4_multimodal_audio": lambda e: {"hidden_states": e.randn(2, 64, e.config.input_size),
-                                        "mask": torch.ones(2, 64, dtype=torch.bool)},
+    "phi4_multimodal_audio": lambda e: {
+        "hidden_states": e.randn(2, 64, e.config.input_size),
+        "mask": torch.ones(2, 64, dtype=torch.bool),
+    },
     "pix2struct": lambda e: {**_flattened_patches(e), "decoder_input_ids": e.ids(DECODER_LENGTH)},
     "siglip2": lambda e: {"input_ids": e.ids(TEXT_LENGTH), **_siglip2(e)},
     "speech-encoder-decoder": lambda e: {"input_values": e.randn(2, 2000), "decoder_input_ids": e.ids(DECODER_LENGTH)},
@@ -770,10 +954,13 @@ INPUTS = {
     "clap_audio_model": lambda e: {"input_features": e.randn(2, 1, 64, e.mels)},
     "depth_pro": lambda e: {"pixel_values": e.randn(1, 3, 128, 128)},
     "muse_spark_audio": lambda e: {"input_values": e.randn(1, 3840)},
-    "qwen3_asr_encoder": lambda e: {"input_features": e.randn(2, e.mels, 200),
-                                    "input_features_mask": torch.ones(2, 200, dtype=torch.long)},
-    "seggpt": lambda e: {n: e.randn(1, 3, e.size[0] // 2, e.size[1])
-                         for n in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
+    "qwen3_asr_encoder": lambda e: {
+        "input_features": e.randn(2, e.mels, 200),
+        "input_features_mask": torch.ones(2, 200, dtype=torch.long),
+    },
+    "seggpt": lambda e: {
+        n: e.randn(1, 3, e.size[0] // 2, e.size[1]) for n in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    },
     "tvp": lambda e: {"input_ids": e.ids(TEXT_LENGTH), "pixel_values": e.randn(2, e.config.num_frames, 3, 32, 32)},
     "voxtral_realtime": lambda e: {"input_ids": e.ids(8), "input_features": e.randn(2, e.mels, 64)},
     "xclip_vision_model": lambda e: _one_image(e, (2 * e.config.num_frames, 3)),
@@ -897,8 +1084,10 @@ def main():
             entry.update(status=error.kind, reason=error.reason)
         entry["seconds"] = round(time.time() - start, 2)
         report[model_type] = entry
-        print(f"{entry['seconds']:6.2f} s {entry['parameters']:9d} {entry['status']:8s} {model_type} {entry['reason']}",
-              flush=True)
+        print(
+            f"{entry['seconds']:6.2f} s {entry['parameters']:9d} {entry['status']:8s} {model_type} {entry['reason']}",
+            flush=True,
+        )
     print(dict(collections.Counter(entry["status"] for entry in report.values())))
     if options.json:
         with open(options.json, "w") as file:

@@ -57,8 +57,8 @@ ROUND_TRIPS = [
 def test_kinds_found_and_proven(model_type):
     row = attention_coverage.survey(model_type)
     assert row["wrong"] == [] and row["missed"] == []
-    assert {product["kind"] for product in row["products"]} == KINDS[model_type]
-    assert all(entry["reason"] for entry in row["skipped"])
+    assert set(row["products"]) == KINDS[model_type]
+    assert all(len(reason) > 10 for reason in row["skipped"])
 
 
 RELOAD = """
