@@ -106,10 +106,14 @@ def to_dense(model: nn.Module) -> nn.Module:
     """The plain Hugging Face model of the same function, in place: ordinary layers, ordinary config.
 
     Raises:
-        ValueError: The model is not factorized.
+        ValueError: The model is not factorized, or an unmerged adapter has the width of a compact leaf.
     """
     if not _is_factorized(model):
         raise ValueError(f"{type(model).__name__} is not factorized, there is nothing to make dense")
+    for name, module in model.named_modules():
+        leaf = getattr(module, "base_layer", None)
+        if isinstance(leaf, HeadLinear) and leaf.compact:
+            raise ValueError(f"{name} holds an adapter as narrow as its compact leaf: merge or unload adapters first")
     swap(model, {leaf: leaf.widened() for leaf in model.modules() if isinstance(leaf, HeadLinear)})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

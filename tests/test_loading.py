@@ -590,6 +590,9 @@ def test_lora_on_compact_leaves_merges():
     model, inputs = factorized("bert", fnl_hf.FNLConfig(head_rank=0.5, head_layout="compact"))
     wrapped = with_lora(model)
     before = output(wrapped, inputs)
+    with pytest.raises(ValueError, match="as narrow as its compact leaf: merge or unload adapters first"):
+        fnl_hf.to_dense(wrapped)
+    assert torch.equal(output(wrapped, inputs), before)
     merged = wrapped.merge_and_unload()
     assert relative(output(merged, inputs), before) < 1e-5
     assert relative(output(fnl_hf.to_dense(merged), inputs), before) < 1e-5

@@ -1,9 +1,12 @@
 """The README's Python examples run as they stand, one after the other."""
 
+import json
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "scripts" / "results"
 
 
 def test_the_examples_run(capsys):
@@ -16,3 +19,25 @@ def test_the_examples_run(capsys):
     assert "qk    12     32/64" in printed  # the summary's rows
     assert printed.count("exact") == 4 and "NOT EXACT" not in printed
     assert "8 under Frobenius decay (decoupled, 0.01, 4 products)" in printed
+
+
+def test_the_figures_are_those_of_the_results():
+    text = README.read_text()
+    ratios = json.loads((RESULTS / "benchmark_decay_cpu.json").read_text())["ratios"]
+    for key, shown in (
+        ("coupled decay / optimizer step", "coupled decay, share of an AdamW step | {:.1%}"),
+        ("decoupled decay / optimizer step", "decoupled decay, share of an AdamW step | {:.1%}"),
+        ("autograd penalty / coupled decay", "against coupled decay | {:.1f} x"),
+        ("coupled decay / bare Gram products", "against its bare matrix products | {:.1f} x"),
+        ("SVD of each product / spectral init", "against spectral initialisation | {:.0f} x"),
+    ):
+        assert shown.format(ratios[key]).replace("%", " %") in text
+    for run in json.loads((RESULTS / "translation_default.json").read_text())["runs"]:
+        assert f"| {run['seed']} | {run['test_bleu']:.2f} |" in text
+    rows = json.loads((RESULTS / "attention_coverage.json").read_text()).values()
+    attention = [row for row in rows if row.get("executed")]
+    clean = [row for row in attention if not row["wrong"] and not row["missed"]]
+    assert f"{len(clean)} of the {len(attention)} model types" in text
+    for slot in ("qk", "ov"):
+        exact = sum(any(slot in kind for kind in row["products"]) for row in attention)
+        assert f"{exact} types" in text
