@@ -11,6 +11,8 @@ from .corpus import InputError, one_line
 
 @dataclass
 class ModelArguments:
+    """What is trained: a pretrained checkpoint or the sizes of a new model, and its factorization."""
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained sequence-to-sequence checkpoint to fine-tune, with its tokenizer."}
     )
@@ -33,6 +35,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """What it is trained and scored on, and how."""
+
     source_lang: str = field(default="de", metadata={"help": "Language to translate from; the key in JSON lines."})
     target_lang: str = field(default="en", metadata={"help": "Language to translate to; the key in JSON lines."})
     # A corpus is JSON lines or two line-aligned text files; without any of these, the one that ships is used
