@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import fnl_hf.translation
-from fnl_hf.translation.corpus import SPLITS, InputError, is_clean, normalize, one_to_one, read_lines, sample_splits
+from fnl_hf.running import InputError, read_lines
+from fnl_hf.translation.corpus import SPLITS, is_clean, normalize, one_to_one, sample_splits
 
 
 def read_export(path: str) -> list[tuple[str, str]]:

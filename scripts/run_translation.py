@@ -42,23 +42,25 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.translation import (
-    DataArguments,
+from fnl_hf.running import (
     InputError,
-    ModelArguments,
-    Pair,
-    TokenBatches,
     average_checkpoints_,
     check_same_model,
     complete_checkpoints,
-    hub_metric,
     is_finished,
     last_complete_checkpoint,
+    one_line,
+    parse_head_rank,
+)
+from fnl_hf.translation import (
+    DataArguments,
+    ModelArguments,
+    Pair,
+    TokenBatches,
+    hub_metric,
     metric_scores,
     new_marian,
-    one_line,
     parse_arguments,
-    parse_head_rank,
     read_split,
     sacrebleu_score,
     train_tokenizer,

@@ -20,9 +20,9 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-from fnl_hf.translation import InputError, TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
+from fnl_hf.running import InputError, average_checkpoints_, is_finished, last_complete_checkpoint
+from fnl_hf.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
 from fnl_hf.translation import corpus as corpora
-from fnl_hf.translation.resume import average_checkpoints_, is_finished, last_complete_checkpoint
 from fnl_hf.translation.tokenizer import train_tokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

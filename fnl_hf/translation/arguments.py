@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
+from ..running import InputError, one_line
 from ..trainer import FNLSeq2SeqTrainingArguments
-from .corpus import InputError, one_line
 
 
 @dataclass
@@ -105,13 +105,3 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TranslationArgumen
     if args.frobenius_decay and not model_args.factorize:
         raise InputError(f"--frobenius_decay {args.frobenius_decay} decays factorizations. Drop --no_factorize.")
     return model_args, data_args, args
-
-
-def parse_head_rank(text: str) -> float | int:
-    """ "0.5" is a fraction of the head's width, "16" the rank itself ("1" is rank one, "1.0" full rank)."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    raise InputError(f"--head_rank {text}: not a number. Give a fraction such as 0.5 or a whole rank such as 16.")

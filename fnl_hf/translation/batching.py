@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 
-from .corpus import InputError
+from ..running import InputError
 
 Length = tuple[int, int]  # tokens of source and of target
 

@@ -4,7 +4,6 @@ A corpus is a list of `(source, target)` strings. Every reader either returns at
 or raises an `InputError` that names the file, the line and the remedy.
 """
 
-import gzip
 import itertools
 import json
 import lzma
@@ -14,39 +13,13 @@ import unicodedata
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import TextIO
+
+from ..running import InputError, read_lines
 
 Pair = tuple[str, str]
 
 SHIPPED_LANGUAGES = ("de", "en")  # columns of the shipped files
 SPLITS = ("train", "validation", "test")
-
-
-class InputError(ValueError):
-    """The user's input cannot be used. One line: what was given, what was expected, what to do."""
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without its line breaks, or its name if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def open_text(path: str | Path) -> TextIO:
-    """Open a UTF-8 text file, decompressing `.gz` and `.xz`. Raises `InputError` if there is no such file."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file. Check the path (it is relative to {Path.cwd()}).")
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8", newline="\n")
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """All lines of a text file without their line ends (LF or CRLF) and surrounding blanks."""
-    try:
-        with open_text(path) as file:
-            return [line.strip() for line in file]
-    except (UnicodeDecodeError, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
-        raise InputError(f"{path}: not a readable UTF-8 text file ({error}). Convert it to UTF-8 first.") from error
 
 
 def read_shipped(split: str, source_lang: str = "de", target_lang: str = "en") -> list[Pair]:

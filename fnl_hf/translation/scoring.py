@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .corpus import InputError, one_line
+from ..running import InputError, one_line
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from .corpus import InputError
+from .errors import InputError
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
