@@ -6,7 +6,8 @@ from .decay import frobenius_decay_
 from .factorization import Factorization, HeadProduct, factorizations
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
-from .trainer import FNLSeq2SeqTrainer, FNLSeq2SeqTrainingArguments, FNLTrainer, FNLTrainingArguments
+from .trainer import FNLSeq2SeqTrainer, FNLTrainer
+from .training_arguments import FNLSeq2SeqTrainingArguments, FNLTrainingArguments
 
 __all__ = [
     "FNLConfig",

@@ -118,17 +118,22 @@ class View:
     def __call__(self) -> Tensor:
         return self.read(self.parameter)
 
-    def augmented(self) -> Tensor:
-        """The factor with its bias appended; the factor itself, live, where it has none."""
-        return self() if self.bias is None else torch.cat([self(), self.read_bias(self.bias)], self.outer)
+    def augmented(self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter) -> Tensor:
+        """The factor with its bias appended; the factor itself, live, where it has none.
+
+        ``of`` reads something else of the parameters' shapes, such as an optimizer's moments.
+        """
+        factor = self.read(of(self.parameter))
+        return factor if self.bias is None else torch.cat([factor, self.read_bias(of(self.bias))], self.outer)
 
     @torch.no_grad()
-    def write(self, value: Tensor) -> None:
+    def write(self, value: Tensor, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter) -> None:
         """Write what has the shape of ``augmented`` into the parameter and the bias."""
-        size = self().shape[self.outer]
-        self().copy_(value.narrow(self.outer, 0, size))
+        factor = self.read(of(self.parameter))
+        size = factor.shape[self.outer]
+        factor.copy_(value.narrow(self.outer, 0, size))
         if self.bias is not None:
-            self.read_bias(self.bias).copy_(value.narrow(self.outer, size, 1))
+            self.read_bias(of(self.bias)).copy_(value.narrow(self.outer, size, 1))
 
 
 @dataclass(frozen=True)

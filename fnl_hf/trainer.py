@@ -1,100 +1,32 @@
 """`Trainer` and `Seq2SeqTrainer` with Frobenius decay, exact under gradient accumulation."""
 
-import math
 import warnings
-from dataclasses import dataclass, field
 
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer
 
-from .decay import add_decay_gradients, check_coefficient, decay_step, decay_terms, decayed
+from .config import FNLConfig
+from .decay import add_decay_gradients, decay_step, decay_terms, decayed
 from .factorization import factorizations
 from .messages import say
 from .optim import NAG, Lamb
-
-_MODES = ("auto", "coupled", "decoupled")
-_OPTIMIZERS = ("lamb", "nag")
-# name -> share of the coefficient at a share of the run
-_SCHEDULES = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
-}
+from .training_arguments import SCHEDULES, FNLArguments
+from .warm_start import WarmStartMixin
 
 
-@dataclass
-class _FNLArguments:
-    frobenius_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Coefficient of the Frobenius decay of every factorization. Not given: that of weight_decay, the "
-            "paper's rule. 0: none; the factors then take weight decay as all other weights do."
-        },
-    )
-    frobenius_decay_kinds: list[str] | None = field(
-        default=None,
-        metadata={"help": "Kinds that decay, such as `ov`; `qk` includes its rotary form. Not given: all."},
-    )
-    frobenius_decay_mode: str = field(
-        default="auto",
-        metadata={
-            "help": "coupled: the gradient of the decay joins the loss's, before clipping. decoupled: factors shrink "
-            "beside the optimizer's step, by learning rate x coefficient x gradient. auto: coupled for SGD, else "
-            "decoupled.",
-            "choices": _MODES,
-        },
-    )
-
-    frobenius_decay_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "The coefficient over the run: constant, or down to 0 by a line or a cosine.",
-            "choices": _SCHEDULES,
-        },
-    )
-    fnl_optim: str | None = field(
-        default=None,
-        metadata={
-            "help": "An optimizer beside those of --optim. lamb: with decoupled decay FLAMBé, with coupled decay the "
-            "paper's LAMB + FD; betas and epsilon from adam_*. nag: fairseq's Nesterov momentum (0.99, or "
-            "--optim_args momentum=...).",
-            "choices": _OPTIMIZERS,
-        },
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.frobenius_decay is not None:
-            check_coefficient(self.frobenius_decay, "frobenius_decay")
-        for name, known in (
-            ("frobenius_decay_mode", _MODES),
-            ("frobenius_decay_schedule", tuple(_SCHEDULES)),
-            ("fnl_optim", (None, *_OPTIMIZERS)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
-
-
-@dataclass
-class FNLTrainingArguments(_FNLArguments, TrainingArguments):
-    """`TrainingArguments` with those of Frobenius decay."""
-
-
-@dataclass
-class FNLSeq2SeqTrainingArguments(_FNLArguments, Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with those of Frobenius decay."""
-
-
-class FNLTrainerMixin:
+class FNLTrainerMixin(WarmStartMixin):
     """Adds Frobenius decay to a `Trainer`, and makes a step's loss the mean over all its labels.
 
     What is decayed is decided by the identity of parameters: those of a factorization under Frobenius decay get no
     weight decay, all others keep theirs.
+
+    Args:
+        fnl_config: What ``factorize_at`` makes of the dense model; see `fnl_hf.warm_start`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, fnl_config: FNLConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, _FNLArguments):
+        if not isinstance(self.args, FNLArguments):
             raise TypeError(
                 f"{type(self).__name__} got {type(self.args).__name__} as args, expected FNLTrainingArguments or "
                 "FNLSeq2SeqTrainingArguments"
@@ -106,6 +38,7 @@ class FNLTrainerMixin:
         if self._weights_loss:
             self.model_accepts_loss_kwargs = False
         self._decays = None  # the optimizer that decay is set up for
+        self._set_up_warm_start(fnl_config)
 
     # -- decay ------------------------------------------------------------------------------------------
 
@@ -117,10 +50,12 @@ class FNLTrainerMixin:
     def _coefficient_now(self) -> float:
         """λ at this step of the run, by the schedule."""
         done = min(1.0, self.state.global_step / max(1, self.state.max_steps))
-        return self.frobenius_coefficient * _SCHEDULES[self.args.frobenius_decay_schedule](done)
+        return self.frobenius_coefficient * SCHEDULES[self.args.frobenius_decay_schedule](done)
 
     def _decayed_products(self):
-        return decayed(self.model, self.args.frobenius_decay_kinds) if self.frobenius_coefficient else []
+        if not self.frobenius_coefficient or self._waits_for_switch:
+            return []
+        return decayed(self.model, self.args.frobenius_decay_kinds)
 
     def get_decay_parameter_names(self, model):
         """Names of the parameters under weight decay: as in `Trainer`, less those under Frobenius decay."""
@@ -152,7 +87,7 @@ class FNLTrainerMixin:
 
     def _set_up_decay(self, optimizer) -> None:
         products = self._decayed_products()
-        if self.args.frobenius_decay and not products:
+        if self.args.frobenius_decay and not products and not self._waits_for_switch:
             raise ValueError(
                 f"frobenius_decay is {self.args.frobenius_decay}, but the model has no factorization that trains; "
                 "call fnl_hf.factorize(model) before making the trainer"

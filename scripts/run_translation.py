@@ -11,6 +11,10 @@ Heads of half their rank, without decay:
 
     python scripts/run_translation.py --head_rank 0.5 --frobenius_decay 0 --output_dir runs/half
 
+A quarter of the run dense, then heads of half their rank:
+
+    python scripts/run_translation.py --head_rank 0.5 --factorize_at 0.25 --output_dir runs/warm
+
 Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too):
 
     python scripts/run_translation.py --train_file train.json --test_file test.json --output_dir runs/own
@@ -111,11 +115,24 @@ def make_tokenizer(
     return train_tokenizer(texts, model_args.vocab_size, data_args.max_length)
 
 
+def make_config(model_args: ModelArguments) -> fnl_hf.FNLConfig | None:
+    """The factorization that the arguments ask for."""
+    if not model_args.factorize:
+        return None
+    rank = parse_head_rank(model_args.head_rank)
+    try:
+        return fnl_hf.FNLConfig(attention=tuple(model_args.attention), head_rank=rank, init=model_args.init)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
 def make_model(
-    tokenizer: PreTrainedTokenizerBase, model_args: ModelArguments, data_args: DataArguments
+    tokenizer: PreTrainedTokenizerBase,
+    config: fnl_hf.FNLConfig | None,
+    model_args: ModelArguments,
+    data_args: DataArguments,
 ) -> PreTrainedModel:
-    """The pretrained model or a new one, with the factorizations that the arguments ask for."""
-    head_rank = parse_head_rank(model_args.head_rank)
+    """The pretrained model or a new one, factorized if there is a config."""
     try:
         if model_args.model_name_or_path:
             model = load(AutoModelForSeq2SeqLM, model_args.model_name_or_path)
@@ -129,10 +146,9 @@ def make_model(
                 dropout=model_args.dropout,
                 max_length=data_args.max_length,
             )
-        if model_args.factorize:
-            config = fnl_hf.FNLConfig(attention=tuple(model_args.attention), head_rank=head_rank, init=model_args.init)
+        if config is not None:
             fnl_hf.factorize(model, config)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise InputError(one_line(error)) from error
     return model
 
@@ -211,7 +227,11 @@ def main() -> None:
     if checkpoint is not None:
         print(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
     tokenizer = make_tokenizer(checkpoint or model_args.model_name_or_path, pairs["train"], model_args, data_args)
-    model = load(AutoModelForSeq2SeqLM, checkpoint) if finished else make_model(tokenizer, model_args, data_args)
+    config = make_config(model_args)
+    if finished:
+        model = load(AutoModelForSeq2SeqLM, checkpoint)
+    else:
+        model = make_model(tokenizer, None if args.factorize_at else config, model_args, data_args)
     if checkpoint is not None:
         check_same_model(model.config, checkpoint)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
@@ -225,6 +245,7 @@ def main() -> None:
         # label smoothing takes the labels from the model, so the decoder's inputs come from the collator
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
+        fnl_config=config if args.factorize_at else None,
     )
     if not finished:
         try:
@@ -235,7 +256,7 @@ def main() -> None:
         report(trainer, "train", {key: value for key, value in metrics.items() if "samples" not in key})
     trainer.accelerator.wait_for_everyone()  # until the last checkpoint is written
     if args.average_checkpoints > 1:
-        average_checkpoints_(model, complete_checkpoints(output_dir)[-args.average_checkpoints :])
+        average_checkpoints_(model, complete_checkpoints(output_dir, model.config)[-args.average_checkpoints :])
     trainer.save_model()
     if "validation" in datasets:
         report(trainer, "eval", trainer.evaluate())

@@ -56,6 +56,13 @@ def decay_grams(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, list]:
     return _summed_to(_sizes(queries), keys), _sizes(keys), chain.decay_grams(rest) if rest else []
 
 
+def spectrum(grams: tuple[Tensor, Tensor, list]) -> Tensor:
+    """What each plane contributes to the average norm, √(½ ‖Q_p‖² ‖K_p‖²), and the singular values of the rest."""
+    of_queries, of_keys, of_rest = grams
+    of_planes = (of_queries.double() * of_keys.double() / 2).sqrt().flatten(-2)
+    return torch.cat([of_planes, chain.spectrum(of_rest)], -1) if of_rest else of_planes
+
+
 def stiffness(grams: tuple[Tensor, Tensor, list]) -> Tensor:
     """How much larger than its factor a decay gradient can be, a scalar."""
     of_queries, of_keys, of_rest = grams
@@ -74,6 +81,16 @@ def balance(tensors: Sequence[Tensor], rank: int | None = None) -> list[Tensor]:
     scale = torch.where(both, of_keys / of_queries, 1.0).pow(0.25)[..., None, None]
     balanced = [(queries * scale).to(queries.dtype), (keys / scale).to(keys.dtype)]
     return balanced + (list(chain.balance(rest)) if rest else [])
+
+
+def carry(before: Sequence[Tensor], after: Sequence[Tensor], moments: Sequence[Tensor], power: int) -> list[Tensor]:
+    """An optimizer's moments, carried to balanced planes: scaled against their plane (see ``chain.carry``)."""
+    carried = []
+    for old, new, moment in zip(before[:2], after[:2], moments[:2], strict=True):
+        of_old, of_new = _sizes(old), _sizes(new)
+        scale = torch.where((of_old > 0) & (of_new > 0), of_old / of_new, 1.0).sqrt().pow(power)
+        carried.append((moment * scale[..., None, None]).to(moment.dtype))
+    return carried + (chain.carry(before[2:], after[2:], moments[2:], power) if len(before) > 2 else [])
 
 
 def leading(tensors: Sequence[Tensor], rank: int) -> list[Tensor]:

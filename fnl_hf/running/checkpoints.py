@@ -12,10 +12,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from .errors import InputError
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Every `checkpoint-N` in `output_dir`, oldest first, whose trainer state, the last of its files, is whole."""
+def complete_checkpoints(output_dir: str | Path, like: PreTrainedConfig | None = None) -> list[Path]:
+    """Every `checkpoint-N` in `output_dir`, oldest first, whose trainer state, the last of its files, is whole.
+
+    With `like`, the config of a factorized or a dense model, only those that hold the same kind of model.
+    """
     paths = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(_trainer_state, paths), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    paths = sorted(filter(_trainer_state, paths), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    if like is None:
+        return paths
+    factorized = hasattr(like, "quantization_config")
+    return [path for path in paths if ("quantization_config" in _config(path)) == factorized]
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -61,7 +68,7 @@ def is_finished(checkpoint: Path, max_steps: int) -> bool:
 def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
     """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it."""
     given = json.loads(config.to_json_string(use_diff=False))
-    stored = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    stored = _config(checkpoint)
     unrelated = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}  # set by the Trainer
     for name in sorted((given.keys() & stored.keys()) - unrelated):
         if given[name] != stored[name]:
@@ -70,6 +77,10 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
                 f"{checkpoint} is of a model with another {name}{values}. Give the arguments that it was trained with, "
                 "or another --output_dir."
             )
+
+
+def _config(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
 
 
 def _trainer_state(checkpoint: Path) -> dict:

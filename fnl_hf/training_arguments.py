@@ -1,0 +1,98 @@
+"""`FNLTrainingArguments`: those of transformers, and those of decay, the two optimizers and the warm start."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .decay import check_coefficient
+from .warm_start import parse_switch
+
+_MODES = ("auto", "coupled", "decoupled")
+_OPTIMIZERS = ("lamb", "nag")
+# name -> share of the coefficient at a share of the run
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
+}
+
+
+@dataclass
+class FNLArguments:
+    """What both classes of training arguments add."""
+
+    frobenius_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Coefficient of the Frobenius decay of every factorization. Not given: that of weight_decay, the "
+            "paper's rule. 0: none; the factors then take weight decay as all other weights do."
+        },
+    )
+    frobenius_decay_kinds: list[str] | None = field(
+        default=None,
+        metadata={"help": "Kinds that decay, such as `ov`; `qk` includes its rotary form. Not given: all."},
+    )
+    frobenius_decay_mode: str = field(
+        default="auto",
+        metadata={
+            "help": "coupled: the gradient of the decay joins the loss's, before clipping. decoupled: factors shrink "
+            "beside the optimizer's step, by learning rate x coefficient x gradient. auto: coupled for SGD, else "
+            "decoupled.",
+            "choices": _MODES,
+        },
+    )
+
+    frobenius_decay_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "The coefficient over the run: constant, or down to 0 by a line or a cosine.",
+            "choices": SCHEDULES,
+        },
+    )
+    fnl_optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "An optimizer beside those of --optim. lamb: with decoupled decay FLAMBé, with coupled decay the "
+            "paper's LAMB + FD; betas and epsilon from adam_*. nag: fairseq's Nesterov momentum (0.99, or "
+            "--optim_args momentum=...).",
+            "choices": _OPTIMIZERS,
+        },
+    )
+
+    factorize_at: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train the dense model first and factorize it after this step (300), this share of the run (0.25), "
+            "or when the stable ranks have settled (stable; by half the run at the latest). The config goes to "
+            "FNLTrainer(fnl_config=...)."
+        },
+    )
+    log_factorizations: bool = field(
+        default=True,
+        metadata={"help": "Log norms, effective rank and balance of the factorizations beside the loss."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.factorize_at is not None:
+            parse_switch(self.factorize_at)
+        if self.frobenius_decay is not None:
+            check_coefficient(self.frobenius_decay, "frobenius_decay")
+        for name, known in (
+            ("frobenius_decay_mode", _MODES),
+            ("frobenius_decay_schedule", tuple(SCHEDULES)),
+            ("fnl_optim", (None, *_OPTIMIZERS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
+
+
+@dataclass
+class FNLTrainingArguments(FNLArguments, TrainingArguments):
+    """`TrainingArguments` with those of Frobenius decay."""
+
+
+@dataclass
+class FNLSeq2SeqTrainingArguments(FNLArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with those of Frobenius decay."""
