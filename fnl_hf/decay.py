@@ -5,15 +5,32 @@ Two ways in, on any optimizer:
 - coupled, the paper's: the decay gradient joins the loss gradient once per step, before clipping;
 - decoupled, as AdamW does with weight decay: factors shrink by lr · λ · gradient beside the optimizer's own step. An
   adaptive optimizer would divide a coupled gradient by its running size, so that λ means little there.
+
+Both go through the Grams of the factors, in float32 or better whatever autocast is in force. Products of sharded
+parameters (DTensors) take the same way by ``sharding``.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import sharding
 from .factorization import Factorization, factorizations
+
+
+def _in_full_precision(function: Callable) -> Callable:
+    """Without gradients, and without autocast, which would take the matrix products of Grams in half precision."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def decayed(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Factorization]:
@@ -22,15 +39,22 @@ def decayed(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Factor
     Raises:
         ValueError: A kind that the model does not have.
     """
+    return [product for product in of_kinds(model, kinds) if any(p.requires_grad for p in product.parameters())]
+
+
+def of_kinds(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Factorization]:
+    """The factorizations of the given kinds (None: all), frozen ones too.
+
+    Raises:
+        ValueError: A kind that the model does not have.
+    """
     products = factorizations(model)
-    if kinds is not None:
-        present = {family(product.kind) for product in products}
-        if unknown := [kind for kind in kinds if kind not in present]:
-            raise ValueError(
-                f"Frobenius decay is asked for kind {unknown[0]!r}; the model has {sorted(present) or 'none'}"
-            )
-        products = [product for product in products if family(product.kind) in kinds]
-    return [product for product in products if any(p.requires_grad for p in product.parameters())]
+    if kinds is None:
+        return products
+    present = {family(product.kind) for product in products}
+    if unknown := [kind for kind in kinds if kind not in present]:
+        raise ValueError(f"Frobenius decay is asked for kind {unknown[0]!r}; the model has {sorted(present) or 'none'}")
+    return [product for product in products if family(product.kind) in kinds]
 
 
 def family(kind: str) -> str:
@@ -38,7 +62,6 @@ def family(kind: str) -> str:
     return kind.removeprefix("rotary-")
 
 
-@torch.no_grad()
 def frobenius_decay_(model: nn.Module, coefficient: float, kinds: Sequence[str] | None = None) -> None:
     """Add ``coefficient`` · gradient of ½ Σ squared_norm to the ``.grad`` of every covered parameter (coupled decay).
 
@@ -51,10 +74,11 @@ def frobenius_decay_(model: nn.Module, coefficient: float, kinds: Sequence[str] 
     add_decay_gradients(decayed(model, kinds), coefficient)
 
 
-@torch.no_grad()
-def add_decay_gradients(products: Iterable[Factorization], coefficient: float) -> None:
+@_in_full_precision
+def add_decay_gradients(products: Sequence[Factorization], coefficient: float) -> None:
     """The body of ``frobenius_decay_``, for products at hand."""
-    for product in products:
+    whole, sharded = _split(products)
+    for product in whole:
         targets = []
         for view in product.views:
             parameter = view.parameter
@@ -62,49 +86,70 @@ def add_decay_gradients(products: Iterable[Factorization], coefficient: float) -
                 parameter.grad = torch.zeros_like(parameter)
             targets.append(view.read(parameter.grad) if parameter.requires_grad else None)
         product.form.add_decay_(product.tensors(), targets, coefficient)
+    for parameter, gradient in _sharded_gradients(sharded).items():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.to_local().add_(gradient.to_local(), alpha=coefficient)
 
 
-@torch.no_grad()
-def decay_terms(products: Iterable[Factorization], coefficient: float) -> dict[torch.Tensor, torch.Tensor]:
+@_in_full_precision
+def decay_terms(products: Sequence[Factorization], coefficient: float) -> dict[nn.Parameter, Tensor]:
     """parameter -> ``coefficient`` · gradient of ½ Σ squared_norm, every term of the factors as they are now."""
-    terms: dict[torch.Tensor, torch.Tensor] = {}
-    for product in products:
+    whole, sharded = _split(products)
+    terms: dict[nn.Parameter, Tensor] = {}
+    for product in whole:
         for view, gradient in product.decay_gradients():
             if view.parameter not in terms:
                 terms[view.parameter] = torch.zeros_like(view.parameter)
             view.read(terms[view.parameter]).add_(gradient, alpha=coefficient)
-    return terms
+    return terms | {p: gradient.mul_(coefficient) for p, gradient in _sharded_gradients(sharded).items()}
 
 
-@torch.no_grad()
-def decay_step(products: Iterable[Factorization], optimizer: torch.optim.Optimizer, coefficient: float) -> None:
+@_in_full_precision
+def decay_step(products: Sequence[Factorization], optimizer: torch.optim.Optimizer, coefficient: float) -> None:
     """Decoupled decay: factor ← factor − lr · coefficient · gradient, every factor from the old ones.
 
     lr is that of the factor's parameter group; a factor that the optimizer does not hold stays. A step that fp16
     scaling is about to skip decays nothing.
 
     Raises:
-        FloatingPointError: The step would not shrink the product: lr · coefficient · ‖factor‖₂² reaches 1.
+        FloatingPointError: The step would not shrink a product: lr · coefficient · ‖factor‖₂² reaches 1. Nothing has
+            moved then.
     """
-    learning_rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    rates = {p: float(group["lr"]) * coefficient for group in optimizer.param_groups for p in group["params"]}
     found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler around a fused optimizer's step
-    for product in products:
-        rates = [learning_rates.get(view.parameter) for view in product.views]
-        moving = [
-            rate for view, rate in zip(product.views, rates, strict=True) if rate and view.parameter.requires_grad
-        ]
-        if not moving:
+
+    def moves(parameter: nn.Parameter) -> bool:
+        return parameter.requires_grad and bool(rates.get(parameter))
+
+    products = [product for product in products if any(moves(view.parameter) for view in product.views)]
+    of_products = grams(products)
+    _check_stable(products, of_products, [max(rates.get(v.parameter, 0.0) for v in p.views) for p in products])
+    keep = 1.0 if found_inf is None else 1 - found_inf.to(torch.float32)
+    for product, of_product in zip(products, of_products, strict=True):
+        if sharding.is_sharded(product):
             continue
-        tensors = product.tensors()
-        grams = product.form.decay_grams(tensors)
-        _check_stable(product, grams, max(map(float, moving)) * coefficient)
-        gradients = product.form.decay_gradients(tensors, grams)  # all of the old factors, before the first one moves
-        for view, rate, gradient in zip(product.views, rates, gradients, strict=True):
-            if not rate or not view.parameter.requires_grad:
-                continue
-            if found_inf is not None:
-                gradient = gradient * (1 - found_inf.to(gradient))
-            view().sub_(gradient, alpha=float(rate) * coefficient)
+        # all of the old factors, before the first one moves
+        gradients = product.form.decay_gradients(product.tensors(), of_product)
+        for view, gradient in zip(product.views, gradients, strict=True):
+            if moves(view.parameter):
+                gradient = gradient if found_inf is None else gradient * keep
+                view().sub_(gradient, alpha=rates[view.parameter])
+    pairs = [pair for pair in zip(products, of_products, strict=True) if sharding.is_sharded(pair[0])]
+    for parameter, gradient in sharding.decay_gradients(*zip(*pairs, strict=True)).items() if pairs else ():
+        if moves(parameter):
+            parameter.to_local().sub_(gradient.to_local() * keep, alpha=rates[parameter])
+
+
+@_in_full_precision
+def grams(products: Sequence[Factorization]) -> list:
+    """``form.decay_grams`` of every product; where parameters are sharded, those of the whole factors."""
+    _, sharded = _split(products)
+    of_sharded = iter(sharding.grams(sharded) if sharded else ())
+    return [
+        next(of_sharded) if sharding.is_sharded(product) else product.form.decay_grams(product.tensors())
+        for product in products
+    ]
 
 
 def check_coefficient(coefficient: float, name: str = "coefficient") -> None:
@@ -113,14 +158,33 @@ def check_coefficient(coefficient: float, name: str = "coefficient") -> None:
         raise ValueError(f"{name} is {coefficient}, expected a finite number of at least 0")
 
 
-def _check_stable(product: Factorization, grams, rate: float) -> None:
+# ----------------------------------------------------------------------------------------------------
+
+
+def _split(products: Sequence[Factorization]) -> tuple[list[Factorization], list[Factorization]]:
+    """Products of whole parameters, and of sharded ones."""
+    whole, sharded = [], []
+    for product in products:
+        (sharded if sharding.is_sharded(product) else whole).append(product)
+    return whole, sharded
+
+
+def _sharded_gradients(products: Sequence[Factorization]) -> dict[nn.Parameter, Tensor]:
+    return sharding.decay_gradients(products, sharding.grams(products)) if products else {}
+
+
+def _check_stable(products: Sequence[Factorization], of_products: Sequence, rates: Sequence[float]) -> None:
     """With balanced factors a step takes σ to σ(1 − rate·σ)²: past rate·σ = 1 it overshoots (METHODS 1.2)."""
-    if rate * float(product.form.stiffness(grams)) < 1:  # a bound, nearly for free
+    if not products:
         return
-    spectral = max(float(torch.linalg.matrix_norm(factor.float(), 2).max()) for factor in product.tensors())
-    if rate * spectral**2 >= 1:
-        raise FloatingPointError(
-            f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "
-            f"and a factor's spectral norm is {spectral:.3g}, but {rate:.3g} * {spectral:.3g}^2 must be below 1; "
-            "lower frobenius_decay or learning_rate"
-        )
+    bounds = [product.form.stiffness(g) * r for product, g, r in zip(products, of_products, rates, strict=True)]
+    if float(torch.stack(bounds).max()) < 1:  # a bound by traces, nearly for free; one look per step at the device
+        return
+    for product, of_product, rate in zip(products, of_products, rates, strict=True):
+        stiffness = float(product.form.stiffness(of_product, exact=True))
+        if rate * stiffness >= 1:
+            raise FloatingPointError(
+                f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "
+                f"and a factor's squared spectral norm is {stiffness:.3g}, but their product must be below 1; lower "
+                "frobenius_decay or learning_rate"
+            )

@@ -250,9 +250,8 @@ def factorizations(model: nn.Module) -> list[Factorization]:
 
 def _declared(model: nn.Module) -> Iterator[Factorization]:
     for name, module in model.named_modules():
-        for child_name, child in module.named_children():
-            if isinstance(child, HeadProduct):
-                yield child.factorization(f"{name}.{child_name}" if name else child_name, module)
+        if isinstance(module, HeadProduct):
+            yield module.factorization(name, model.get_submodule(name.rpartition(".")[0]))
 
 
 def _unique(products: Iterator[Factorization]) -> Iterator[Factorization]:

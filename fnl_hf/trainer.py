@@ -1,15 +1,18 @@
 """`Trainer` and `Seq2SeqTrainer` with Frobenius decay, exact under gradient accumulation."""
 
+import math
 import warnings
 
 import torch
 from transformers import Seq2SeqTrainer, Trainer
 
 from .config import FNLConfig
-from .decay import add_decay_gradients, decay_step, decay_terms, decayed
+from .decay import add_decay_gradients, decay_step, decay_terms, decayed, of_kinds
 from .factorization import factorizations
+from .measure import gradient_norms, measurements
 from .messages import say
 from .optim import NAG, Lamb
+from .overview import decay_table
 from .training_arguments import SCHEDULES, FNLArguments
 from .warm_start import WarmStartMixin
 
@@ -37,6 +40,7 @@ class FNLTrainerMixin(WarmStartMixin):
         self._weights_loss = self.compute_loss_func is None and self.args.n_gpu <= 1
         if self._weights_loss:
             self.model_accepts_loss_kwargs = False
+        self._gradient_norms: dict[str, tuple[float, float]] = {}  # of the step to be logged
         self._decays = None  # the optimizer that decay is set up for
         self._set_up_warm_start(fnl_config)
 
@@ -96,13 +100,8 @@ class FNLTrainerMixin(WarmStartMixin):
             warnings.warn(
                 "the model is factorized but nothing decays it; set frobenius_decay (or weight_decay)", stacklevel=2
             )
-        covered = {parameter for product in products for parameter in product.parameters() if parameter.requires_grad}
-        for group in optimizer.param_groups:
-            if group.get("weight_decay") and (both := covered.intersection(group["params"])):
-                raise ValueError(
-                    f"{len(both)} parameters under Frobenius decay are in an optimizer group with weight_decay "
-                    f"{group['weight_decay']}; two decays must not hit one parameter: give them a group with 0.0"
-                )
+        if products:
+            self._refuse_what_decay_cannot_reach(optimizer, products)
         mode = self.args.frobenius_decay_mode
         if mode == "auto":
             mode = "coupled" if isinstance(optimizer, (torch.optim.SGD, NAG)) else "decoupled"
@@ -113,25 +112,101 @@ class FNLTrainerMixin(WarmStartMixin):
             optimizer.register_step_pre_hook(
                 lambda optimizer, *_: decay_step(self._decayed_products(), optimizer, self._coefficient_now())
             )
-        l2 = sum(len(group["params"]) for group in optimizer.param_groups if group.get("weight_decay"))
-        total = sum(len(group["params"]) for group in optimizer.param_groups)
-        frobenius = f" ({mode}, {self.frobenius_coefficient:g}, {len(products)} products)" if products else ""
-        say(
-            f"fnl_hf: {l2} tensors under L2 decay ({self.args.weight_decay:g}), "
-            f"{len(covered)} under Frobenius decay{frobenius}, {total - l2 - len(covered)} under none"
-        )
+        say(decay_table(self.model, optimizer, products, mode, self._decay_in_words()))
+        if self._waits_for_switch:
+            say(f"fnl_hf: the model stays dense until factorize_at = {self.args.factorize_at}")
+
+    def _decay_in_words(self) -> str:
+        schedule = self.args.frobenius_decay_schedule
+        return f"{self.frobenius_coefficient:g}" + ("" if schedule == "constant" else f", {schedule} to 0")
+
+    def _refuse_what_decay_cannot_reach(self, optimizer, products) -> None:
+        """Stop where Frobenius decay would be wrong, or not happen at all."""
+        covered = {parameter for product in products for parameter in product.parameters() if parameter.requires_grad}
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        name = f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
+        remedy = "choose another optimizer, or set frobenius_decay to 0"
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "Frobenius decay does not work under DeepSpeed, whose engine holds partitions of its own in place of "
+                "parameters and gradients: use FSDP2 (fsdp_version 2), or set frobenius_decay to 0"
+            )
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
+            raise ValueError(
+                "Frobenius decay does not work under FSDP 1, which flattens parameters: set fsdp_version to 2, or "
+                "frobenius_decay to 0"
+            )
+        if any(word in name for word in ("schedulefree", "schedule_free", "lomo", "layerwise")):
+            raise ValueError(
+                f"Frobenius decay is not proven beside {type(optimizer).__name__}, which does not step a parameter "
+                f"from its value and its .grad: {remedy}"
+            )
+        if outside := covered - held:
+            raise ValueError(
+                f"{type(optimizer).__name__} does not hold {len(outside)} of the {len(covered)} trainable factors, as "
+                f"layer-wise and in-backward optimizers do not: {remedy}, or freeze those factors"
+            )
+        for product in products:
+            for parameter in product.parameters():
+                if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                    raise ValueError(
+                        f"{product.name} has a factor of {parameter.dtype}: a quantized weight is not what the model "
+                        "multiplies by; dequantize the model, or freeze both factors"
+                    )
+        for group in optimizer.param_groups:
+            if group.get("weight_decay") and (both := covered.intersection(group["params"])):
+                raise ValueError(
+                    f"{len(both)} parameters under Frobenius decay are in an optimizer group with weight_decay "
+                    f"{group['weight_decay']}; two decays must not hit one parameter: give them a group with 0.0"
+                )
 
     # -- one step ---------------------------------------------------------------------------------------
 
     def training_step(self, *args, **kwargs):
         """As in `Trainer`; coupled decay joins the gradients once they are summed, before they are clipped."""
         loss = super().training_step(*args, **kwargs)
-        if self._couples_decay and self.accelerator.sync_gradients and self.frobenius_coefficient:
+        products = self._decayed_products() if self.accelerator.sync_gradients else []
+        if products:
             # Under fp16 the gradients here are still scaled, by a power of two: scaling the decay alike is exact.
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
-            add_decay_gradients(self._decayed_products(), self._coefficient_now() * scale)
+            if self._logs_this_step():
+                self._gradient_norms = gradient_norms(products, self._coefficient_now() * scale)
+            if self._couples_decay:
+                add_decay_gradients(products, self._coefficient_now() * scale)
         return loss
+
+    # -- what the user sees -----------------------------------------------------------------------------
+
+    def _logs_this_step(self) -> bool:
+        """Whether the step that is about to end will be logged."""
+        args, step = self.args, self.state.global_step + 1
+        if not args.log_factorizations or args.logging_strategy == "no":
+            return False
+        if args.logging_strategy == "epoch":
+            return self.accelerator.gradient_state.end_of_dataloader
+        return step % max(1, self.state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
+
+    def log(self, logs, *args, **kwargs):
+        """As in `Trainer`; beside the loss the value of the decay, and norms, rank and balance of the products."""
+        if "loss" in logs and self.args.log_factorizations and not self._waits_for_switch:
+            logs = logs | self._product_logs()
+        super().log(logs, *args, **kwargs)
+
+    def _product_logs(self) -> dict[str, float]:
+        products = of_kinds(self.model, self.args.frobenius_decay_kinds)
+        measured = measurements(products)
+        for kind, (of_decay, of_loss) in self._gradient_norms.items():
+            measured[kind]["decay_to_loss_gradient"] = of_decay / of_loss if of_loss else math.inf
+        self._gradient_norms = {}
+        if measured and self.frobenius_coefficient:
+            coefficient = self._coefficient_now()
+            measured[""]["decay"] = coefficient / 2 * measured[""]["frobenius_norm"] ** 2
+        return {
+            f"fnl/{kind}/{name}" if kind else f"fnl/{name}": float(f"{value:.6g}")
+            for kind, values in measured.items()
+            for name, value in values.items()
+        }
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, with the number of labels of the whole step, over micro-batches and processes."""

@@ -53,7 +53,7 @@ def run(tmp_path, name, processes, *arguments):
     command = [*launcher, model_type, optim, mode, str(out), batch, accumulate]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("under Frobenius decay") == 1  # said once, not once per process
+    assert done.stdout.count("fnl_hf: what is decayed") == 1  # said once, not once per process
     return torch.load(out)
 
 

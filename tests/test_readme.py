@@ -18,7 +18,7 @@ def test_the_examples_run(capsys):
     printed = capsys.readouterr().out
     assert "qk    12     32/64" in printed  # the summary's rows
     assert printed.count("exact") == 4 and "NOT EXACT" not in printed
-    assert "8 under Frobenius decay (decoupled, 0.01, 4 products)" in printed
+    assert "Frobenius, decoupled  0.01         2 qk" in printed
 
 
 def test_the_figures_are_those_of_the_results():

@@ -2,8 +2,8 @@
 
 A form is a module of pure functions of tensors with these names:
 
-    product, squared_norm, decay_gradients, add_decay_, decay_grams, spectrum, stiffness, balance, carry, leading,
-    batched, change_basis
+    product, squared_norm, decay_gradients, add_decay_, decay_grams, spectrum, bound, imbalance, stiffness, balance,
+    carry, leading, batched, change_basis
 
 A new form (Tucker, tensor train) is one more module here; nothing above this floor asks which form it holds.
 """

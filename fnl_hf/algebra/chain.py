@@ -87,13 +87,22 @@ def spectrum(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
     return torch.linalg.eigvalsh(root.mT @ left @ root).clamp_min(0).sqrt().flip(-1)
 
 
-def stiffness(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """How much larger than its factor a decay gradient can be: a bound of max ‖P_i‖₂ ‖S_i‖₂ by traces, a scalar."""
-    bounds = []
-    for pair in grams:
-        traces = [gram.diagonal(dim1=-2, dim2=-1).sum(-1).max() for gram in pair if gram is not None]
-        bounds.append(reduce(torch.mul, traces))
-    return torch.stack(bounds).max()
+def bound(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+    """``nuclear_bound`` from Grams, a scalar: ½ (tr P + tr S). At least the sum of ``spectrum``, tight at balance."""
+    return (_trace(grams[-1][0]).sum() + _trace(grams[-2][1]).sum()) / 2
+
+
+def imbalance(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+    """‖P − S‖_F / (‖P‖_F + ‖S‖_F) of the outer factors' Grams, (*batch): zero where they are balanced, at most 1."""
+    left, right = grams[-1][0], grams[-2][1]
+    norm = torch.linalg.matrix_norm
+    return norm(left - right) / (norm(left) + norm(right)).clamp_min(torch.finfo(left.dtype).tiny)
+
+
+def stiffness(grams: Sequence[tuple[Tensor | None, Tensor | None]], exact: bool = False) -> Tensor:
+    """How much larger than its factor a decay gradient can be, max ‖P_i‖₂ ‖S_i‖₂, a scalar; unless exact, a bound."""
+    size = _largest_eigenvalue if exact else _trace
+    return torch.stack([reduce(torch.mul, [size(g).max() for g in pair if g is not None]) for pair in grams]).max()
 
 
 def singular_values(factors: Sequence[Tensor]) -> Tensor:
@@ -213,6 +222,14 @@ def change_basis(factors: Sequence[Tensor], generator: torch.Generator) -> list[
 def _accumulating(tensor: Tensor) -> Tensor:
     """float32 or better: half-precision Grams are wrong in the third digit (METHODS 1.9)."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(gram.double())[..., -1]
 
 
 def _sum_to(gram: Tensor, like: Tensor) -> Tensor:

@@ -63,11 +63,25 @@ def spectrum(grams: tuple[Tensor, Tensor, list]) -> Tensor:
     return torch.cat([of_planes, chain.spectrum(of_rest)], -1) if of_rest else of_planes
 
 
-def stiffness(grams: tuple[Tensor, Tensor, list]) -> Tensor:
-    """How much larger than its factor a decay gradient can be, a scalar."""
+def bound(grams: tuple[Tensor, Tensor, list]) -> Tensor:
+    """What the sum of ``spectrum`` is at most, a scalar, tight at balance: Σ (‖Q_p‖² + ‖K_p‖²) / √8 and the rest's."""
+    of_queries, of_keys, of_rest = grams
+    of_planes = (of_queries.sum() + of_keys.sum()) / 8**0.5
+    return of_planes + chain.bound(of_rest) if of_rest else of_planes
+
+
+def imbalance(grams: tuple[Tensor, Tensor, list]) -> Tensor:
+    """|‖Q_p‖² − ‖K_p‖²| / (‖Q_p‖² + ‖K_p‖²), the mean over the planes of a head, (*batch): zero at balance."""
+    of_queries, of_keys, _ = grams
+    total = (of_queries + of_keys).clamp_min(torch.finfo(of_keys.dtype).tiny)
+    return ((of_queries - of_keys).abs() / total).mean((-2, -1))
+
+
+def stiffness(grams: tuple[Tensor, Tensor, list], exact: bool = False) -> Tensor:
+    """How much larger than its factor a decay gradient can be, a scalar; unless exact, a bound."""
     of_queries, of_keys, of_rest = grams
     planes = torch.maximum(of_queries.max(), of_keys.max()) / 2
-    return torch.maximum(planes, chain.stiffness(of_rest)) if of_rest else planes
+    return torch.maximum(planes, chain.stiffness(of_rest, exact)) if of_rest else planes
 
 
 def balance(tensors: Sequence[Tensor], rank: int | None = None) -> list[Tensor]:
