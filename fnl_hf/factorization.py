@@ -118,6 +118,11 @@ class View:
     def __call__(self) -> Tensor:
         return self.read(self.parameter)
 
+    @property
+    def offset(self) -> int:
+        """Where in the parameter it starts to read, counted in entries."""
+        return self.read(torch.empty(self.parameter.shape, device="meta")).storage_offset()
+
     def augmented(self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter) -> Tensor:
         """The factor with its bias appended; the factor itself, live, where it has none.
 
@@ -258,7 +263,7 @@ def _unique(products: Iterator[Factorization]) -> Iterator[Factorization]:
     """Tied weights are one factorization, decayed once."""
     seen = set()
     for product in products:
-        key = (product.kind, *((id(view.parameter), view().storage_offset()) for view in product.views))
+        key = (product.kind, *((id(view.parameter), view.offset) for view in product.views))
         if key not in seen:
             seen.add(key)
             yield product
