@@ -4,6 +4,7 @@ import math
 import warnings
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Seq2SeqTrainer, Trainer
 
 from .config import FNLConfig
@@ -83,11 +84,13 @@ class FNLTrainerMixin(WarmStartMixin):
 
     def create_optimizer(self, *args, **kwargs):
         """As in `Trainer`; sets Frobenius decay up and says once what is decayed how."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        created = super().create_optimizer(*args, **kwargs)
+        # Trained again, or with a smaller batch after memory ran out, it comes back in accelerate's wrapper.
+        optimizer = created.optimizer if isinstance(created, AcceleratedOptimizer) else created
         if self._decays is not optimizer:
             self._set_up_decay(optimizer)
             self._decays = optimizer
-        return optimizer
+        return created
 
     def _set_up_decay(self, optimizer) -> None:
         products = self._decayed_products()
