@@ -4,6 +4,7 @@ from . import loading
 from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Factorization, HeadProduct, factorizations
+from .normalization import ImposeNorms, RecordNorms
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
 from .trainer import FNLSeq2SeqTrainer, FNLTrainer
@@ -17,6 +18,8 @@ __all__ = [
     "FNLTrainingArguments",
     "Factorization",
     "HeadProduct",
+    "ImposeNorms",
+    "RecordNorms",
     "Summary",
     "factorizations",
     "factorize",

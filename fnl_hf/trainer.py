@@ -12,6 +12,7 @@ from .decay import add_decay_gradients, decay_step, decay_terms, decayed, of_kin
 from .factorization import factorizations
 from .measure import gradient_norms, measurements
 from .messages import say
+from .normalization import ImposeNorms
 from .optim import NAG, Lamb
 from .overview import decay_table
 from .training_arguments import SCHEDULES, FNLArguments
@@ -64,7 +65,10 @@ class FNLTrainerMixin(WarmStartMixin):
 
     def get_decay_parameter_names(self, model):
         """Names of the parameters under weight decay: as in `Trainer`, less those under Frobenius decay."""
-        covered = {parameter for product in self._decayed_products() for parameter in product.parameters()}
+        products = self._decayed_products()
+        if any(isinstance(callback, ImposeNorms) for callback in self.callback_handler.callbacks):
+            products = factorizations(self.model)  # their norms are imposed
+        covered = {parameter for product in products for parameter in product.parameters()}
         under_frobenius = {name for name, parameter in model.named_parameters() if parameter in covered}
         return [name for name in super().get_decay_parameter_names(model) if name not in under_frobenius]
 
