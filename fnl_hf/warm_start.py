@@ -318,6 +318,7 @@ class WarmStartMixin:
             None  # of dense models
         )
         self._save_checkpoint(self.model, None)
+        self.accelerator.wait_for_everyone()  # the main process writes what all read
         return os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
 
 

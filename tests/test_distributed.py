@@ -18,16 +18,22 @@ from tests.test_trainer import examples, make_model
 from transformers import default_data_collator
 
 model_type, optim, mode, out = sys.argv[1:5]
-batch, accumulate = int(sys.argv[5]), int(sys.argv[6])
-model = fnl_hf.factorize(make_model(model_type), fnl_hf.FNLConfig()).double()
+batch, accumulate, at = int(sys.argv[5]), int(sys.argv[6]), sys.argv[7]
+config = fnl_hf.FNLConfig(head_rank=1.0 if at == "start" else 0.5)
+model = make_model(model_type).double()
+if at == "start":
+    fnl_hf.factorize(model, config)
 args = fnl_hf.FNLTrainingArguments(
-    output_dir=out + ".run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=2,
+    output_dir=out + ".run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3,
     learning_rate=0.05, optim=optim, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
     disable_tqdm=True, frobenius_decay=0.05, frobenius_decay_mode=mode, max_grad_norm=1.0, weight_decay=0.01,
-    train_sampling_strategy="sequential",
+    train_sampling_strategy="sequential", factorize_at=None if at == "start" else at,
 )
 rows = examples(model_type)
-trainer = fnl_hf.FNLTrainer(model=model, args=args, train_dataset=rows + rows, data_collator=default_data_collator)
+trainer = fnl_hf.FNLTrainer(
+    model=model, args=args, train_dataset=rows * 3, data_collator=default_data_collator,
+    fnl_config=None if at == "start" else config,
+)
 trainer.train()
 if trainer.is_world_process_zero():
     torch.save({{name: parameter.detach() for name, parameter in model.named_parameters()}}, out)
@@ -48,23 +54,28 @@ def run(tmp_path, name, processes, *arguments):
             f"--nproc_per_node={processes}",
             str(script),
         ]
-    model_type, optim, mode, batch, accumulate = map(str, arguments)
+    model_type, optim, mode, at, batch, accumulate = map(str, arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, model_type, optim, mode, str(out), batch, accumulate]
+    command = [*launcher, model_type, optim, mode, str(out), batch, accumulate, at]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("fnl_hf: what is decayed") == 1  # said once, not once per process
+    assert done.stdout.count("fnl_hf: what is decayed") == (1 if at == "start" else 2)  # not once per process
     return torch.load(out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model_type", "optim", "mode"),
-    [("marian", "sgd", "coupled"), ("gpt2", "sgd", "decoupled"), ("bert", "adamw_torch", "decoupled")],
+    ("model_type", "optim", "mode", "at"),
+    [
+        ("marian", "sgd", "coupled", "start"),
+        ("gpt2", "sgd", "decoupled", "start"),
+        ("bert", "adamw_torch", "decoupled", "start"),
+        ("bert", "adamw_torch", "decoupled", "1"),  # all processes switch together
+    ],
 )
-def test_two_processes_make_the_update_of_one(model_type, optim, mode, tmp_path):
-    one = run(tmp_path, "one", 1, model_type, optim, mode, 8, 1)
-    two = run(tmp_path, "two", 2, model_type, optim, mode, 2, 2)
+def test_two_processes_make_the_update_of_one(model_type, optim, mode, at, tmp_path):
+    one = run(tmp_path, "one", 1, model_type, optim, mode, at, 8, 1)
+    two = run(tmp_path, "two", 2, model_type, optim, mode, at, 2, 2)
     assert one.keys() == two.keys()
     size = torch.cat([value.flatten() for value in one.values()]).norm()
     difference = torch.cat([(one[name] - two[name]).flatten() for name in one]).norm()
