@@ -12,6 +12,7 @@ parameters (DTensors) take the same way by ``sharding``.
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -85,7 +86,8 @@ def add_decay_gradients(products: Sequence[Factorization], coefficient: float) -
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             targets.append(view.read(parameter.grad) if parameter.requires_grad else None)
-        product.form.add_decay_(product.tensors(), targets, coefficient)
+        tensors = product.tensors()
+        product.form.add_decay_(tensors, targets, [coefficient] * len(tensors), product.form.decay_grams(tensors))
     for parameter, gradient in _sharded_gradients(sharded).items():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -116,29 +118,31 @@ def decay_step(products: Sequence[Factorization], optimizer: torch.optim.Optimiz
         FloatingPointError: The step would not shrink a product: lr · coefficient · ‖factor‖₂² reaches 1. Nothing has
             moved then.
     """
-    rates = {p: float(group["lr"]) * coefficient for group in optimizer.param_groups for p in group["params"]}
     found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler around a fused optimizer's step
+    if found_inf is not None and bool(found_inf):
+        return
+    rates = {p: float(group["lr"]) * coefficient for group in optimizer.param_groups for p in group["params"]}
 
-    def moves(parameter: nn.Parameter) -> bool:
-        return parameter.requires_grad and bool(rates.get(parameter))
+    def rate_of(parameter: nn.Parameter) -> float:
+        return rates.get(parameter, 0.0) if parameter.requires_grad else 0.0
 
-    products = [product for product in products if any(moves(view.parameter) for view in product.views)]
-    of_products = grams(products)
-    _check_stable(products, of_products, [max(rates.get(v.parameter, 0.0) for v in p.views) for p in products])
-    keep = 1.0 if found_inf is None else 1 - found_inf.to(torch.float32)
-    for product, of_product in zip(products, of_products, strict=True):
-        if sharding.is_sharded(product):
-            continue
-        # all of the old factors, before the first one moves
-        gradients = product.form.decay_gradients(product.tensors(), of_product)
-        for view, gradient in zip(product.views, gradients, strict=True):
-            if moves(view.parameter):
-                gradient = gradient if found_inf is None else gradient * keep
-                view().sub_(gradient, alpha=rates[view.parameter])
-    pairs = [pair for pair in zip(products, of_products, strict=True) if sharding.is_sharded(pair[0])]
-    for parameter, gradient in sharding.decay_gradients(*zip(*pairs, strict=True)).items() if pairs else ():
-        if moves(parameter):
-            parameter.to_local().sub_(gradient.to_local() * keep, alpha=rates[parameter])
+    products = [product for product in products if any(rate_of(view.parameter) for view in product.views)]
+    of_products = grams(products)  # these and `old`: of the factors before the first one moves
+    _check_stable(products, of_products, [max(rate_of(view.parameter) for view in p.views) for p in products])
+    sharded = [pair for pair in zip(products, of_products, strict=True) if sharding.is_sharded(pair[0])]
+    whole = [pair for pair in zip(products, of_products, strict=True) if not sharding.is_sharded(pair[0])]
+    uses = Counter((view.parameter, view.offset) for product, _ in whole for view in product.views)
+    old = [
+        [view() if uses[view.parameter, view.offset] == 1 else view().clone() for view in product.views]
+        for product, _ in whole
+    ]
+    for (product, of_product), tensors in zip(whole, old, strict=True):
+        scales = [-rate_of(view.parameter) for view in product.views]
+        targets = [view() if scale else None for view, scale in zip(product.views, scales, strict=True)]
+        product.form.add_decay_(tensors, targets, scales, of_product)
+    for parameter, gradient in sharding.decay_gradients(*zip(*sharded, strict=True)).items() if sharded else ():
+        if rate_of(parameter):
+            parameter.to_local().sub_(gradient.to_local(), alpha=rate_of(parameter))
 
 
 @_in_full_precision

@@ -107,6 +107,7 @@ class View:
     """One factor, read out of a live parameter: ``read`` is linear, strided, and serves data and gradient alike.
 
     A bias rides along as one more entry of the factor's outer dimension (``outer``): ``read_bias`` gives it that shape.
+    Views of one parameter that differ in ``offset`` read different entries of it.
     """
 
     parameter: nn.Parameter
@@ -114,14 +115,10 @@ class View:
     outer: int
     bias: nn.Parameter | None = None
     read_bias: Callable[[Tensor], Tensor] | None = None
+    offset: int = 0
 
     def __call__(self) -> Tensor:
         return self.read(self.parameter)
-
-    @property
-    def offset(self) -> int:
-        """Where in the parameter it starts to read, counted in entries."""
-        return self.read(torch.empty(self.parameter.shape, device="meta")).storage_offset()
 
     def augmented(self, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter) -> Tensor:
         """The factor with its bias appended; the factor itself, live, where it has none.
@@ -223,17 +220,20 @@ class HeadProduct(nn.Module):
         views = [self._view(parent, side, self.rotary.planes, -1) for side in (self.left, self.right)]
         if self.rotary.dim < self.left.width:
             rest = self.rotary.rest
-            views.append(self._view(parent, self.left, lambda heads: rest(heads).mT, -2))
-            views.append(self._view(parent, self.right, rest, -1))
+            views.append(self._view(parent, self.left, lambda heads: rest(heads).mT, -2, self.rotary.dim))
+            views.append(self._view(parent, self.right, rest, -1, self.rotary.dim))
         return Factorization(name, self.kind, rotary, tuple(views))
 
     @staticmethod
-    def _view(parent: nn.Module, side: HeadSlice, then: Callable[[Tensor], Tensor] | None, outer: int) -> View:
+    def _view(
+        parent: nn.Module, side: HeadSlice, then: Callable[[Tensor], Tensor] | None, outer: int, after: int = 0
+    ) -> View:
         then = then or (lambda heads: heads)
         weight, bias = _parameter(parent, side.weight), None
         if side.bias and side.axis == "out":
             bias = _parameter(parent, side.bias)
-        return View(weight, lambda w: then(side.read(w)), outer, bias, lambda b: then(side.read_bias(b)[..., None]))
+        read_bias = lambda b: then(side.read_bias(b)[..., None])  # noqa: E731
+        return View(weight, lambda w: then(side.read(w)), outer, bias, read_bias, side.offset + after)
 
     def extra_repr(self) -> str:
         heads = f"{self.left.size} heads"

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers as tf
 from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.decay import decay_step, decay_terms
 from fnl_hf.factorization import HeadProduct, HeadSlice
 from fnl_hf.optim import NAG, Lamb
-from tests.families import FAMILIES, build
+from tests.families import BERT, FAMILIES, build
 
 # The papers' integer vector: d = 3, two heads of width 2 (METHODS 6).
 Q = [[1, 0, 2], [0, 1, 1], [1, 1, 0], [2, 0, -1]]
@@ -201,3 +202,20 @@ def test_an_unstable_step_is_refused_before_it_happens():
     with pytest.raises(FloatingPointError, match="lower frobenius_decay or learning_rate"):
         decay_step(fnl_hf.factorizations(model), torch.optim.SGD(model.parameters(), lr=1.0), 0.2)
     assert torch.equal(model.u.weight, before)
+
+
+def test_a_weight_in_two_products_steps_from_its_old_value():
+    """Keys that serve as values too (one parameter, two products): both terms are of the factors before the step."""
+    model = fnl_hf.factorize(tf.BertModel(tf.BertConfig(**BERT)), fnl_hf.FNLConfig(init="default")).double()
+    layer = model.encoder.layer[0].attention.self
+    layer.value.weight = layer.key.weight
+    for parameter in model.parameters():
+        parameter.data.mul_(5)
+    products = fnl_hf.factorizations(model)
+    penalty = sum(f.matrix().square().sum() for f in products) / 2
+    parameters = list({p: None for f in products for p in f.parameters()})
+    gradients = torch.autograd.grad(penalty, parameters)
+    expected = [(p - 0.01 * 0.5 * g).detach() for p, g in zip(parameters, gradients, strict=True)]
+    decay_step(products, torch.optim.SGD(model.parameters(), lr=0.01), 0.5)
+    for parameter, value in zip(parameters, expected, strict=True):
+        assert_close(parameter.detach(), value, rtol=1e-10, atol=1e-12)

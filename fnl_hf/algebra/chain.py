@@ -45,20 +45,22 @@ def decay_gradients(factors: Sequence[Tensor], grams: list | None = None) -> lis
     return [_gradient(factor, *pair) for factor, pair in zip(factors, grams, strict=True)]
 
 
-def add_decay_(factors: Sequence[Tensor], targets: Sequence[Tensor | None], scale: float) -> None:
-    """targets_i += scale · ∂A_i in place, None targets left out: ``decay_gradients`` without its temporaries.
+def add_decay_(
+    factors: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    scales: Sequence[float],
+    grams: Sequence[tuple[Tensor | None, Tensor | None]],
+) -> None:
+    """targets_i += scales_i · ∂A_i in place, None targets left out: ``decay_gradients`` with few temporaries.
 
-    The targets must not overlap the factors.
+    The targets may be the factors themselves: the Grams hold what a gradient takes from the others, as they were.
     """
-    for factor, target, (left, right) in zip(factors, targets, decay_grams(factors), strict=True):
+    for factor, target, scale, (left, right) in zip(factors, targets, scales, grams, strict=True):
         if target is None:
             continue
         one_gram = (left is None) != (right is None)
         if one_gram and factor.dim() == 3 and factor.dtype == (left if right is None else right).dtype:
-            pair = (factor, right) if left is None else (left, factor)
-            if target.stride(-1) != 1:  # written along its rows, whichever way the factor lies
-                target, pair = target.mT, (pair[1].mT, pair[0].mT)
-            target.baddbmm_(*pair, alpha=scale)
+            _add_product_(target, (factor, right) if left is None else (left, factor), scale)
         else:
             target.add_(_gradient(factor, left, right), alpha=scale)
 
@@ -236,6 +238,17 @@ def _sum_to(gram: Tensor, like: Tensor) -> Tensor:
     """Sum a Gram over the batch dimensions along which ``like`` is shared."""
     shared = [i for i, (n, size) in enumerate(zip(gram.shape[:-2], like.shape[:-2], strict=True)) if size == 1 < n]
     return gram.sum(shared, keepdim=True) if shared else gram
+
+
+def _add_product_(target: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> None:
+    """target += scale · pair[0] @ pair[1], in the direction in which the target's entries lie."""
+    if target.stride(-1) != 1:
+        target, pair = target.mT, (pair[1].mT, pair[0].mT)
+    rows_follow_rows = target.stride(-2) == target.shape[-1]
+    if rows_follow_rows and all(target.data_ptr() != operand.data_ptr() for operand in pair):
+        target.baddbmm_(*pair, alpha=scale)  # no temporary
+    else:  # where heads are columns, writing a product into strided rows takes longer than adding it
+        target.add_(torch.bmm(*pair), alpha=scale)
 
 
 def _gradient(factor: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -43,9 +43,11 @@ def decay_gradients(tensors: Sequence[Tensor], grams: tuple | None = None) -> li
     return gradients + (chain.decay_gradients(rest, of_rest) if rest else [])
 
 
-def add_decay_(tensors: Sequence[Tensor], targets: Sequence[Tensor | None], scale: float) -> None:
-    """targets_i += scale · gradient in place, None targets left out."""
-    for gradient, target in zip(decay_gradients(tensors), targets, strict=True):
+def add_decay_(
+    tensors: Sequence[Tensor], targets: Sequence[Tensor | None], scales: Sequence[float], grams: tuple
+) -> None:
+    """targets_i += scales_i · gradient in place, None targets left out; the targets may be the tensors themselves."""
+    for gradient, target, scale in zip(decay_gradients(tensors, grams), targets, scales, strict=True):
         if target is not None:
             target.add_(gradient, alpha=scale)
 
