@@ -56,14 +56,13 @@ class HeadSlice:
         return bias.unflatten(0, (*self.batch, self.bias_width)).narrow(-1, 0, self.width)
 
     def _split(self, tensor: Tensor, dim: int) -> Tensor:
+        features = prod(self.heads) * self.width
+        # A lone period is no batch dimension of its own, unless it is the only one.
+        if self.repeats == 1 and self.heads:
+            return tensor.narrow(dim, self.offset, features).unflatten(dim, (*self.heads, self.width))
         periods = tensor.unflatten(dim, (self.repeats, -1))
         dim = dim if dim < 0 else dim + 1
-        heads = periods.narrow(dim, self.offset, prod(self.heads) * self.width).unflatten(
-            dim, (*self.heads, self.width)
-        )
-        repeats_dim = heads.dim() - 2 - len(self.heads) if dim < 0 else 0
-        # A lone period is no batch dimension of its own, unless it is the only one.
-        return heads.squeeze(repeats_dim) if self.repeats == 1 and self.heads else heads
+        return periods.narrow(dim, self.offset, features).unflatten(dim, (*self.heads, self.width))
 
     @property
     def batch(self) -> tuple[int, ...]:

@@ -1,11 +1,13 @@
 """What Frobenius decay and spectral initialisation cost, as ratios measured in one run.
 
-    python scripts/benchmark_decay.py                         # BERT-base, 8 x 128 tokens, about 3 minutes on 2 cores
+    python scripts/benchmark_decay.py                         # BERT-base, 8 x 128 tokens, about 4 minutes on 2 cores
     python scripts/benchmark_decay.py --tiny                  # seconds, to see that it runs
     python scripts/benchmark_decay.py --json results.json
+    python scripts/benchmark_decay.py --size large --batch 32 --tokens 512 --bf16    # on a GPU
 
 Alternatives measured beside ours, on the same weights: an autograd penalty on the d x d products; a loop over heads;
-the bare Gram products that no implementation can do without; an SVD of each d x d product.
+the products of all layers stacked into one; an SVD of each d x d product; and the bare matrix products that no
+implementation can do without, on the weights as they lie and on contiguous copies of each head.
 """
 
 import argparse
@@ -22,6 +24,16 @@ from fnl_hf.algebra import chain
 from fnl_hf.decay import decay_step
 from fnl_hf.initialization import initial_factors
 
+SIZES = {
+    "base": {},
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+
 
 def timed(function, repeats: int, warmup: int = 1) -> float:
     """Median seconds of a call."""
@@ -36,12 +48,14 @@ def timed(function, repeats: int, warmup: int = 1) -> float:
     return median(times[warmup:])
 
 
-def training_step(model, optimizer, batch, tokens, device):
+def training_step(model, optimizer, batch, tokens, device, bf16):
     """A function that does one whole optimizer step of masked-LM training."""
     ids = torch.randint(5, model.config.vocab_size, (batch, tokens), device=device)
 
     def step():
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -73,9 +87,11 @@ def per_head_loop(products):
     return loop
 
 
-def bare_grams(products):
-    """Four batched matrix products per factorization on contiguous operands and nothing else: the lower bound."""
-    operands = [tuple(factor.detach().contiguous() for factor in product.tensors()) for product in products]
+def bare_grams(products, copied: bool):
+    """Four batched matrix products per factorization and nothing else: the lower bound."""
+    operands = [[factor.detach() for factor in product.tensors()] for product in products]
+    if copied:
+        operands = [[factor.contiguous() for factor in pair] for pair in operands]
 
     def grams():
         for left, right in operands:
@@ -83,6 +99,22 @@ def bare_grams(products):
             (left.mT @ left) @ right
 
     return grams
+
+
+def stacked_over_layers(products):
+    """The closed form in four batched products for all layers of a kind: their factors are copied together first."""
+    kinds = [[p for p in products if p.kind == kind] for kind in dict.fromkeys(p.kind for p in products)]
+
+    @torch.no_grad()
+    def stacked():
+        for same in kinds:
+            left, right = (torch.cat(factors) for factors in zip(*(p.tensors() for p in same), strict=True))
+            of_left, of_right = left @ (right @ right.mT), (left.mT @ left) @ right
+            for i, product in enumerate(same):
+                for view, gradient in zip(product.views, (of_left, of_right), strict=True):
+                    view.read(view.parameter.grad).add_(gradient.chunk(len(same))[i], alpha=0.01)
+
+    return stacked
 
 
 def svd_of_each_product(products):
@@ -101,7 +133,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--size", choices=SIZES, default="base", help="of BERT")
+    parser.add_argument("--bf16", action="store_true", help="autocast the optimizer step to bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, a handful of products")
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -109,8 +142,8 @@ def main():
     device = torch.device(options.device)
 
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128} if options.tiny else {}
-    config = BertConfig(num_hidden_layers=2 if options.tiny else options.layers, **size)
+    tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = BertConfig(**(tiny if options.tiny else SIZES[options.size]))
     model = fnl_hf.factorize(BertForMaskedLM(config).to(device), fnl_hf.FNLConfig())
     products = fnl_hf.factorizations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -120,7 +153,9 @@ def main():
     seconds = {
         "coupled decay": timed(lambda: fnl_hf.frobenius_decay_(model, 0.01), 11),
         "decoupled decay": timed(lambda: decay_step(fnl_hf.factorizations(model), optimizer, 0.01), 11),
-        "bare Gram products": timed(bare_grams(products), 11),
+        "bare matrix products": timed(bare_grams(products, copied=False), 11),
+        "bare matrix products, contiguous": timed(bare_grams(products, copied=True), 11),
+        "stacked over layers": timed(stacked_over_layers(products), 11),
         "loop over heads": timed(per_head_loop(products), 5),
         "autograd through d x d products": timed(autograd_penalty(products), 3),
         "spectral init of all products": timed(
@@ -129,7 +164,7 @@ def main():
         "SVD of each d x d product": timed(svd_of_each_product(products), 1, warmup=0),
     }
     optimizer.zero_grad()
-    step = training_step(model, optimizer, options.batch, options.tokens, device)
+    step = training_step(model, optimizer, options.batch, options.tokens, device, options.bf16)
     seconds["optimizer step"] = timed(step, 3)
 
     heads, rows = (8, (256, 16)) if options.tiny else (2048, (4096, 128))
@@ -142,7 +177,11 @@ def main():
     ratios = {
         "coupled decay / optimizer step": seconds["coupled decay"] / seconds["optimizer step"],
         "decoupled decay / optimizer step": seconds["decoupled decay"] / seconds["optimizer step"],
-        "coupled decay / bare Gram products": seconds["coupled decay"] / seconds["bare Gram products"],
+        "coupled decay / bare matrix products": seconds["coupled decay"] / seconds["bare matrix products"],
+        "decoupled decay / bare matrix products": seconds["decoupled decay"] / seconds["bare matrix products"],
+        "coupled decay / bare matrix products, contiguous": seconds["coupled decay"]
+        / seconds["bare matrix products, contiguous"],
+        "stacked over layers / coupled decay": seconds["stacked over layers"] / seconds["coupled decay"],
         "loop over heads / coupled decay": seconds["loop over heads"] / seconds["coupled decay"],
         "autograd penalty / coupled decay": seconds["autograd through d x d products"] / seconds["coupled decay"],
         "SVD of each product / spectral init": seconds["SVD of each d x d product"]
@@ -155,8 +194,11 @@ def main():
     for name, value in ratios.items():
         print(f"{name:52s} {value:12.4f}")
     if options.json:
-        setting = {"products": count, "batch": options.batch, "tokens": options.tokens, "device": str(device)}
+        setting = {"model": "tiny" if options.tiny else f"bert-{options.size}", "products": count}
+        setting |= {"batch": options.batch, "tokens": options.tokens, "bf16": options.bf16, "device": str(device)}
         setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        if device.type == "cuda":
+            setting["device"] = torch.cuda.get_device_name()
         options.json.write_text(json.dumps({"setting": setting, "seconds": seconds, "ratios": ratios}, indent=2) + "\n")
 
 
