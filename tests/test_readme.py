@@ -11,7 +11,7 @@ RESULTS = ROOT / "scripts" / "results"
 
 def test_the_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -28,7 +28,10 @@ def test_the_figures_are_those_of_the_results():
         ("coupled decay / optimizer step", "coupled decay, share of an AdamW step | {:.1%}"),
         ("decoupled decay / optimizer step", "decoupled decay, share of an AdamW step | {:.1%}"),
         ("autograd penalty / coupled decay", "against coupled decay | {:.1f} x"),
-        ("coupled decay / bare Gram products", "against its bare matrix products | {:.1f} x"),
+        ("coupled decay / bare matrix products", "against its bare matrix products | {:.1f} x"),
+        ("stacked over layers / coupled decay", "stacked into one, against coupled decay | {:.1f} x"),
+        ("loop over heads / coupled decay", "a loop over the heads, against coupled decay | {:.1f} x"),
+        ("coupled decay / bare matrix products, contiguous", "coupled decay takes {:.1f} times as long"),
         ("SVD of each product / spectral init", "against spectral initialisation | {:.0f} x"),
     ):
         assert shown.format(ratios[key]).replace("%", " %") in text
