@@ -136,11 +136,11 @@ class FNLTrainerMixin(WarmStartMixin):
         if self.is_deepspeed_enabled:
             raise ValueError(
                 "Frobenius decay does not work under DeepSpeed, whose engine holds partitions of its own in place of "
-                "parameters and gradients: use FSDP2 (fsdp_version 2), or set frobenius_decay to 0"
+                "parameters and gradients: use FSDP 2, or set frobenius_decay to 0"
             )
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
             raise ValueError(
-                "Frobenius decay does not work under FSDP 1, which flattens parameters: set fsdp_version to 2, or "
+                "Frobenius decay does not work under FSDP 1, which flattens parameters: set version 2 in fsdp_config, or "
                 "frobenius_decay to 0"
             )
         if any(word in name for word in ("schedulefree", "schedule_free", "lomo", "layerwise")):
