@@ -140,8 +140,8 @@ class FNLTrainerMixin(WarmStartMixin):
             )
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
             raise ValueError(
-                "Frobenius decay does not work under FSDP 1, which flattens parameters: set version 2 in fsdp_config, or "
-                "frobenius_decay to 0"
+                "Frobenius decay does not work under FSDP 1, which flattens parameters: set version 2 in fsdp_config, "
+                "or frobenius_decay to 0"
             )
         if any(word in name for word in ("schedulefree", "schedule_free", "lomo", "layerwise")):
             raise ValueError(
@@ -218,7 +218,7 @@ class FNLTrainerMixin(WarmStartMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, with the number of labels of the whole step, over micro-batches and processes."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._weights_loss and batches and all(torch.is_tensor(batch.get("labels")) for batch in batches):
+        if self._weights_loss and batches and all(torch.is_tensor(_labels(batch)) for batch in batches):
             count = sum(self._count_labels(batch) for batch in batches).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 count = self.accelerator.gather(count).sum()
@@ -240,8 +240,13 @@ class FNLTrainerMixin(WarmStartMixin):
 
     def _count_labels(self, inputs) -> torch.Tensor:
         """How many labels the mean of a batch is over; causal models shift theirs by one."""
-        labels = inputs["labels"]
+        labels = _labels(inputs)
         return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(-100).sum()
+
+
+def _labels(inputs) -> torch.Tensor | None:
+    """What a batch is scored by; a question has one label, where its answer starts."""
+    return inputs.get("labels", inputs.get("start_positions"))
 
 
 class FNLTrainer(FNLTrainerMixin, Trainer):

@@ -23,6 +23,7 @@ import fnl_hf
 from fnl_hf.algebra import chain
 from fnl_hf.decay import decay_step
 from fnl_hf.initialization import initial_factors
+from fnl_hf.measure import gradient_norms, measurements
 
 SIZES = {
     "base": {},
@@ -157,6 +158,7 @@ def main():
         "bare matrix products, contiguous": timed(bare_grams(products, copied=True), 11),
         "stacked over layers": timed(stacked_over_layers(products), 11),
         "loop over heads": timed(per_head_loop(products), 5),
+        "what is logged": timed(lambda: (measurements(products), gradient_norms(products, 0.01)), 3),
         "autograd through d x d products": timed(autograd_penalty(products), 3),
         "spectral init of all products": timed(
             lambda: [initial_factors(product, product.tensors()[0].shape[-1], "spectral") for product in products], 3
@@ -177,6 +179,7 @@ def main():
     ratios = {
         "coupled decay / optimizer step": seconds["coupled decay"] / seconds["optimizer step"],
         "decoupled decay / optimizer step": seconds["decoupled decay"] / seconds["optimizer step"],
+        "what is logged / 500 optimizer steps": seconds["what is logged"] / 500 / seconds["optimizer step"],
         "coupled decay / bare matrix products": seconds["coupled decay"] / seconds["bare matrix products"],
         "decoupled decay / bare matrix products": seconds["decoupled decay"] / seconds["bare matrix products"],
         "coupled decay / bare matrix products, contiguous": seconds["coupled decay"]
@@ -192,7 +195,7 @@ def main():
     for name, value in seconds.items():
         print(f"{name:52s} {value * 1e3:12.1f} ms")
     for name, value in ratios.items():
-        print(f"{name:52s} {value:12.4f}")
+        print(f"{name:52s} {value:12.5f}")
     if options.json:
         setting = {"model": "tiny" if options.tiny else f"bert-{options.size}", "products": count}
         setting |= {"batch": options.batch, "tokens": options.tokens, "bf16": options.bf16, "device": str(device)}

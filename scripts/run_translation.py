@@ -29,13 +29,11 @@ Fine-tuning a pretrained checkpoint; the default learning rate is one for traini
         --source_prefix "translate German to English: " --output_dir runs/t5
 """
 
-import os
 import sys
 import time
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -53,8 +51,12 @@ from fnl_hf.running import (
     complete_checkpoints,
     is_finished,
     last_complete_checkpoint,
+    load,
+    make_config,
     one_line,
-    parse_head_rank,
+    report,
+    resources_used,
+    write_text,
 )
 from fnl_hf.translation import (
     DataArguments,
@@ -94,17 +96,6 @@ def read_corpus(data_args: DataArguments) -> dict[str, list[Pair]]:
     }
 
 
-def load(auto_class: type, path: str | Path):
-    """A model or tokenizer from its directory."""
-    try:
-        return auto_class.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        what = auto_class.__name__
-        raise InputError(
-            f"{path}: {what} cannot load it ({one_line(error)}). Give a checkpoint's directory."
-        ) from error
-
-
 def make_tokenizer(
     path: str | Path | None, pairs: list[Pair], model_args: ModelArguments, data_args: DataArguments
 ) -> PreTrainedTokenizerBase:
@@ -113,17 +104,6 @@ def make_tokenizer(
         return load(AutoTokenizer, path)
     texts = (sentence for pair in pairs for sentence in pair)
     return train_tokenizer(texts, model_args.vocab_size, data_args.max_length)
-
-
-def make_config(model_args: ModelArguments) -> fnl_hf.FNLConfig | None:
-    """The factorization that the arguments ask for."""
-    if not model_args.factorize:
-        return None
-    rank = parse_head_rank(model_args.head_rank)
-    try:
-        return fnl_hf.FNLConfig(attention=tuple(model_args.attention), head_rank=rank, init=model_args.init)
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
 
 
 def make_model(
@@ -179,25 +159,14 @@ def score(
     metrics = {"test_bleu": bleu, "test_bleu_signature": signature, "test_samples": len(pairs)}
     metrics["test_runtime"] = round(time.monotonic() - started, 2)  # seconds
     report(trainer, "test", metrics)
-    write_lines(Path(trainer.args.output_dir) / "generated_predictions.txt", translations)
+    lines = "".join(f"{line}\n" for line in translations)
+    write_text(Path(trainer.args.output_dir) / "generated_predictions.txt", lines)
     for i in range(0, len(pairs), max(1, len(pairs) // 5))[:5]:
         print(f"\n  source       {sources[i]}\n  reference    {references[i]}\n  translation  {translations[i]}")
     print(f"\nBLEU {bleu:.2f} on {len(pairs)} sentences ({signature})")
     if metric is not None:
         scores = metric_scores(metric, translations, references)
         report(trainer, "test", metrics | {f"test_{name}": value for name, value in scores.items()})
-
-
-def report(trainer: TranslationTrainer, split: str, metrics: dict) -> None:
-    """Print metrics and write them to `<split>_results.json` and `all_results.json`."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def translate_input(data_args: DataArguments, output_dir: Path) -> None:
@@ -212,6 +181,7 @@ def translate_input(data_args: DataArguments, output_dir: Path) -> None:
 
 
 def main() -> None:
+    started = time.monotonic()
     model_args, data_args, args = parse_arguments()
     output_dir = Path(args.output_dir)
     if data_args.translate:
@@ -264,6 +234,7 @@ def main() -> None:
         score(trainer, tokenizer, pairs["test"], data_args, metric)
     elif "test" not in pairs:
         print("Not scored: give --test_file, or --test_source and --test_target.")
+    report(trainer, "run", resources_used(started))
 
 
 if __name__ == "__main__":

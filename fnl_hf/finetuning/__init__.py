@@ -1,0 +1,62 @@
+"""Fine-tuning: question answering on the SQuAD layout and classification of tables, for `scripts/`.
+
+A side wing: beside transformers it uses the library's trainer and factorization, and nothing in the library imports it.
+"""
+
+from .answers import Predictions, predict_answers
+from .arguments import (
+    FineTuningArguments,
+    ModelArguments,
+    QAArguments,
+    TableArguments,
+    parse_qa_arguments,
+    parse_table_arguments,
+)
+from .metrics import check_metrics, classification_scores
+from .model import load_model, load_tokenizer
+from .scoring import squad_scores
+from .squad import Question, SquadFile, read_predictions, read_squad
+from .tables import Table, label_ids, label_names, read_table
+from .training import (
+    FineTuner,
+    announce,
+    check_decay,
+    load_finished,
+    padding,
+    set_max_steps,
+    train,
+)
+from .windows import Window, encode_questions
+
+__all__ = [
+    "FineTuner",
+    "FineTuningArguments",
+    "ModelArguments",
+    "Predictions",
+    "QAArguments",
+    "Question",
+    "SquadFile",
+    "Table",
+    "TableArguments",
+    "Window",
+    "announce",
+    "check_decay",
+    "check_metrics",
+    "classification_scores",
+    "encode_questions",
+    "label_ids",
+    "label_names",
+    "load_finished",
+    "load_model",
+    "load_tokenizer",
+    "padding",
+    "parse_qa_arguments",
+    "parse_table_arguments",
+    "predict_answers",
+    "read_predictions",
+    "read_squad",
+    "read_table",
+    "set_max_steps",
+    "squad_scores",
+    "train",
+]

@@ -1,0 +1,188 @@
+"""The command-line arguments of `scripts/run_qa.py` and `scripts/run_classification.py`."""
+
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser
+
+from ..running import InputError, one_line
+from ..training_arguments import FNLTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint is fine-tuned, and its factorization."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to fine-tune or evaluate; a factorized one stays so."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, where it is somewhere else."})
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout of all sub-layers and of attention; BERT: 0.1. Not given: the checkpoint's."},
+    )
+    # Factorization of a dense checkpoint
+    factorize: bool = field(default=False, metadata={"help": "Make factorizations of a dense checkpoint's attention."})
+    attention: list[str] = field(default_factory=lambda: ["qk", "ov"], metadata={"help": "Which: qk, ov or both."})
+    head_rank: str = field(
+        default="1.0", metadata={"help": "Rank of every head: a fraction of its width (0.5), or a whole number (16)."}
+    )
+    init: str = field(default="spectral", metadata={"help": "Initialisation of the factors: spectral or default."})
+
+
+@dataclass
+class QAArguments:
+    """Questions to train and evaluate on, and how they are answered."""
+
+    train_file: str | None = field(default=None, metadata={"help": "Training questions in the SQuAD layout."})
+    validation_file: str | None = field(default=None, metadata={"help": "Questions to evaluate on."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first questions only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first questions only."})
+    max_seq_length: int = field(default=384, metadata={"help": "Tokens of a question with a piece of its paragraph."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that two pieces of a paragraph share."})
+    max_question_length: int = field(default=64, metadata={"help": "Tokens of a question; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad all to max_seq_length; not given: to the longest of their batch."}
+    )
+    n_best_size: int = field(default=20, metadata={"help": "Answers of a question to keep in nbest_predictions.json."})
+    max_answer_length: int = field(default=30, metadata={"help": "Tokens of the longest answer."})
+    version_2_with_negative: bool = field(
+        default=False, metadata={"help": "Some questions have no answer, as in SQuAD v2; scored by its rule."}
+    )
+    null_score_diff_threshold: float = field(
+        default=0.0,
+        metadata={"help": "Give no answer if its score is higher than the best answer's by more than this (v2)."},
+    )
+    score: str | None = field(
+        default=None,
+        metadata={"help": "Do not train: score this file of predictions (id -> answer) on validation_file."},
+    )
+
+
+@dataclass
+class TableArguments:
+    """Tables to train and evaluate on."""
+
+    train_file: str | None = field(default=None, metadata={"help": "Training table: tab-separated, with a header."})
+    validation_file: str | None = field(default=None, metadata={"help": "Table to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "Table to predict; it needs no labels."})
+    text_column: str | None = field(
+        default=None, metadata={"help": "Name of the text's column. Not given: any that GLUE uses."}
+    )
+    text_pair_column: str | None = field(default=None, metadata={"help": "Name of the second text's, for pairs."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Name of the label's column. Not given: any that GLUE uses."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a text or pair; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad all to max_seq_length; not given: to the longest of their batch."}
+    )
+
+
+@dataclass
+class FineTuningArguments(FNLTrainingArguments):
+    """Training arguments with the defaults of BERT's fine-tuning (Devlin et al. 2019)."""
+
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows of a batch."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows of an evaluation batch."})
+    learning_rate: float = field(
+        default=5e-5, metadata={"help": "Learning rate at the end of the warmup; 1e-4 to 3e-4 for small models."}
+    )
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warmup, or below 1 their share."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights, and of factors without their own."})
+    # 0, not weight_decay's coefficient: then dense and factorized checkpoints are fine-tuned by one recipe, and what is
+    # compared downstream is their pretraining. The decay of a product is meant for long training.
+    frobenius_decay: float | None = field(
+        default=0.0,
+        metadata={"help": "Coefficient of the Frobenius decay of every factorization. 0: factors take weight_decay."},
+    )
+    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of the log."})
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches."}
+    )
+
+
+@dataclass
+class QATrainingArguments(FineTuningArguments):
+    """Those of question answering."""
+
+    output_dir: str = field(default="runs/qa", metadata={"help": "Where checkpoints and results go."})
+
+
+@dataclass
+class TableTrainingArguments(FineTuningArguments):
+    """Those of classification."""
+
+    output_dir: str = field(default="runs/classification", metadata={"help": "Where checkpoints and results go."})
+
+
+def parse_qa_arguments(description: str) -> tuple[ModelArguments, QAArguments, QATrainingArguments]:
+    """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
+    model_args, data_args, args = _parse((ModelArguments, QAArguments, QATrainingArguments), description)
+    if data_args.score:
+        if not data_args.validation_file:
+            raise InputError(f"--score {data_args.score} without --validation_file. Give the questions too.")
+        return model_args, data_args, args
+    _check_model(model_args, args)
+    _check_files(data_args, args, (data_args.train_file, data_args.validation_file))
+    for name in ("n_best_size", "max_answer_length", "max_question_length"):
+        if getattr(data_args, name) < 1:
+            raise InputError(f"--{name} {getattr(data_args, name)}: expected at least 1.")
+    return model_args, data_args, args
+
+
+def parse_table_arguments(description: str) -> tuple[ModelArguments, TableArguments, TableTrainingArguments]:
+    """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
+    model_args, data_args, args = _parse((ModelArguments, TableArguments, TableTrainingArguments), description)
+    _check_model(model_args, args)
+    _check_files(data_args, args, (data_args.train_file, data_args.validation_file, data_args.test_file))
+    return model_args, data_args, args
+
+
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults of the arguments, and the lines of the description as they are."""
+
+
+def _parse(types: tuple[type, ...], description: str):
+    usage = "%(prog)s --model_name_or_path DIR --train_file FILE --validation_file FILE [--NAME VALUE ...]"
+    parser = HfArgumentParser(types, usage=usage, description=description, formatter_class=_Help)
+    try:
+        return parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
+def _check_files(data_args: QAArguments | TableArguments, args: FineTuningArguments, files: tuple) -> None:
+    if not any(files):
+        raise InputError("nothing to do. Give --train_file, --validation_file, or both.")
+    for name in ("max_train_samples", "max_eval_samples"):
+        limit = getattr(data_args, name)
+        if limit is not None and limit < 1:
+            raise InputError(f"--{name} {limit}: expected at least 1.")
+    if args.eval_strategy != "no" and not data_args.validation_file:
+        raise InputError(f"--eval_strategy {args.eval_strategy.value} without --validation_file. Give the file.")
+
+
+def _check_model(model_args: ModelArguments, args: FineTuningArguments) -> None:
+    if not model_args.model_name_or_path:
+        raise InputError("no checkpoint. Give --model_name_or_path, a directory with a model and its tokenizer.")
+    if not model_args.factorize:
+        unused = ModelArguments()
+        for name in ("attention", "head_rank", "init"):
+            if getattr(model_args, name) != getattr(unused, name):
+                raise InputError(f"--{name} is of the factorization of a dense checkpoint. Add --factorize.")
+        if args.factorize_at:
+            raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Add --factorize.")
+    elif unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
+        raise InputError(
+            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
+            f"{', '.join(model_args.attention)}, or change --attention."
+        )
+    if model_args.dropout is not None and not 0 <= model_args.dropout < 1:
+        raise InputError(f"--dropout {model_args.dropout}: expected at least 0 and below 1.")

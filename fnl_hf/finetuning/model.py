@@ -1,0 +1,80 @@
+"""The checkpoint that is fine-tuned, with its tokenizer."""
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import FNLConfig
+from ..factorization import factorizations
+from ..patching import factorize
+from ..running import InputError, load, one_line
+from .arguments import ModelArguments
+
+# What configs call the dropout of sub-layers, of attention, and before the new head
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "classifier_dropout",
+)
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint, which pads on the right.
+
+    Raises:
+        InputError: it cannot be loaded, or does not know a padding token.
+    """
+    path = model_args.tokenizer_name or model_args.model_name_or_path
+    tokenizer = load(AutoTokenizer, path)
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{path}: its tokenizer has no padding token. Give one that has, with --tokenizer_name.")
+    tokenizer.padding_side = "right"  # positions of tokens are counted from the left
+    return tokenizer
+
+
+def load_model(
+    auto_class: type,
+    model_args: ModelArguments,
+    factorization: FNLConfig | None = None,
+    needs_head: bool = False,
+    **options,
+) -> PreTrainedModel:
+    """The checkpoint as a model of `auto_class`; weights that it does not hold, those of a new head, are random.
+
+    A factorized checkpoint comes back factorized.
+
+    Args:
+        factorization: what a dense checkpoint becomes.
+        needs_head: whether all weights must be in the checkpoint, as for a model that is not trained.
+        options: of the config, such as `num_labels`.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, lacks weights of its body or head, has no dropout to set, is
+            factorized already, or cannot be factorized in that way.
+    """
+    path = model_args.model_name_or_path
+    if model_args.dropout is not None:
+        options |= _dropout(load(AutoConfig, path), model_args.dropout, path)
+    model, info = load(auto_class, path, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing and needs_head:
+        raise InputError(f"{path} was not trained for this: it has no {missing[0]}. Fine-tune it: give --train_file.")
+    if factorization is None:
+        return model
+    if factorizations(model):
+        raise InputError(
+            f"{path} is factorized already. Drop --factorize, or make it dense first: fnl-hf to-dense {path} DENSE."
+        )
+    try:
+        return factorize(model, factorization)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
+def _dropout(config: PreTrainedConfig, dropout: float, path: str) -> dict[str, float]:
+    names = [name for name in _DROPOUTS if hasattr(config, name)]
+    if not names:
+        raise InputError(f"{path}: its config has no dropout that is known. Drop --dropout.")
+    return dict.fromkeys(names, dropout)

@@ -1,0 +1,70 @@
+"""The checkpoint that a script starts from: loading it, what it is factorized as, and whether its tokenizer fits."""
+
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import FNLConfig
+from .errors import InputError, one_line, parse_head_rank
+
+
+class FactorizationArguments(Protocol):
+    """What every script's model arguments say of a factorization."""
+
+    factorize: bool
+    attention: list[str]
+    head_rank: str
+    init: str
+
+
+def load(auto_class: type, path: str | Path, **options):
+    """A config, tokenizer or model from its directory. Raises `InputError` if there is none that fits the class."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: {auto_class.__name__} cannot load it ({one_line(error)}). Give a checkpoint's directory."
+        ) from error
+
+
+def make_config(arguments: FactorizationArguments) -> FNLConfig | None:
+    """The factorization that the arguments ask for; None for none."""
+    if not arguments.factorize:
+        return None
+    rank = parse_head_rank(arguments.head_rank)
+    try:
+        return FNLConfig(attention=tuple(arguments.attention), head_rank=rank, init=arguments.init)
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, flags: str) -> None:
+    """Raises `InputError` where a checkpoint does not take the tokens of `tokenizer`, or `length` of them.
+
+    Args:
+        flags: the arguments that lower the length.
+    """
+    path, rows = model.config.name_or_path or "the checkpoint", model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{path} has embeddings of {rows} tokens, and the tokenizer has {len(tokenizer)}. Give the tokenizer that "
+            "it was trained with."
+        )
+    if model.config.pad_token_id not in (None, tokenizer.pad_token_id):
+        raise InputError(
+            f"{path} pads with token {model.config.pad_token_id}, and the tokenizer with {tokenizer.pad_token_id}. "
+            "Give the tokenizer that it was trained with."
+        )
+    longest = longest_input(model.config)
+    if longest is not None and length > longest:
+        raise InputError(f"{path} takes at most {longest} tokens, and {length} are asked for. Lower {flags}.")
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """How many tokens the positions of a model allow; None where its config does not say."""
+    # RoBERTa counts positions from the padding token's id on
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    longest = getattr(config, "max_position_embeddings", None)
+    return None if longest is None else longest - offset

@@ -1,0 +1,43 @@
+"""What a script leaves behind: metrics, files, and what the run took."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+
+def report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
+    """Print metrics and write them to `<split>_results.json` and `all_results.json`."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def resources_used(started: float) -> dict[str, float]:
+    """Seconds since `started`, and the most memory that this process (and its accelerator) held."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    used = {
+        "run_seconds": round(time.monotonic() - started, 2),
+        "run_peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3),
+    }
+    if torch.cuda.is_available():
+        used["run_peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return used
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file as a whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
