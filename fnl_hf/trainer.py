@@ -234,7 +234,7 @@ class FNLTrainerMixin(WarmStartMixin):
         parts = self.current_gradient_accumulation_steps
         if self.args.average_tokens_across_devices:
             parts = parts * self.accelerator.num_processes
-        loss = torch.nan_to_num(loss, nan=0.0) if labels == 0 else loss  # the mean over no labels is 0/0
+        loss = torch.where(labels == 0, torch.nan_to_num(loss, nan=0.0), loss)  # the mean over no labels is 0/0
         loss = loss * labels * parts / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 

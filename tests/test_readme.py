@@ -37,6 +37,13 @@ def test_the_figures_are_those_of_the_results():
         assert shown.format(ratios[key]).replace("%", " %") in text
     for run in json.loads((RESULTS / "translation_default.json").read_text())["runs"]:
         assert f"| {run['seed']} | {run['test_bleu']:.2f} |" in text
+    by_setting = {}
+    for run in json.loads((RESULTS / "translation_head_rank.json").read_text())["runs"]:
+        by_setting.setdefault((run["head_rank"], run["factorize_at"]), {})[run["seed"]] = run["test_bleu"]
+    for (rank, at), bleu in by_setting.items():
+        when = "from the start" if at is None else f"after {float(at):.0%} of the steps".replace("%", " %")
+        mean = sum(bleu.values()) / len(bleu)
+        assert f"| {rank:g} | {when} | {bleu[42]:.2f} | {bleu[1]:.2f} | {mean:.2f} |" in text
     rows = json.loads((RESULTS / "attention_coverage.json").read_text()).values()
     attention = [row for row in rows if row.get("executed")]
     clean = [row for row in attention if not row["wrong"] and not row["missed"]]

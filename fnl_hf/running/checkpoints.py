@@ -69,7 +69,9 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
     """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it."""
     given = json.loads(config.to_json_string(use_diff=False))
     stored = _config(checkpoint)
-    unrelated = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}  # set by the Trainer
+    # set by the Trainer
+    unrelated = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
+    unrelated |= {"bos_token_id", "eos_token_id"}
     for name in sorted((given.keys() & stored.keys()) - unrelated):
         if given[name] != stored[name]:
             values = f" ({stored[name]}, not {given[name]})" if isinstance(given[name], (int, float, str)) else ""

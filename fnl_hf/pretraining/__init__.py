@@ -1,0 +1,40 @@
+"""Masked-LM pretraining: text, tokenizers, packed blocks, masks and presets of models, for `scripts/`.
+
+A side wing: beside transformers it uses the library's trainer, and nothing in the library imports it.
+"""
+
+from .arguments import DataArguments, MLMArguments, ModelArguments, parse_arguments
+from .demonstration import SENTENCES, shipped_file
+from .masking import FixedMasks, Masking
+from .model import new_model
+from .packing import Blocks, Run, held_out
+from .preparation import TokenStore, fingerprint, prepare_store, prepare_tokenizer, tokenizer_digest
+from .text import corpus_files, read_corpus
+from .tokenizer import check_tokenizer, train_tokenizer
+from .training import MLMTrainer, predict_masked
+
+__all__ = [
+    "SENTENCES",
+    "Blocks",
+    "DataArguments",
+    "FixedMasks",
+    "MLMArguments",
+    "MLMTrainer",
+    "Masking",
+    "ModelArguments",
+    "Run",
+    "TokenStore",
+    "check_tokenizer",
+    "corpus_files",
+    "fingerprint",
+    "held_out",
+    "new_model",
+    "parse_arguments",
+    "predict_masked",
+    "prepare_store",
+    "prepare_tokenizer",
+    "read_corpus",
+    "shipped_file",
+    "tokenizer_digest",
+    "train_tokenizer",
+]

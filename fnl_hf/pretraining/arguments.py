@@ -1,0 +1,149 @@
+"""The command-line arguments of `scripts/run_mlm.py`; the defaults are those of its demonstration."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser
+
+from ..running import InputError, one_line
+from ..training_arguments import FNLTrainingArguments
+from .model import MODEL_TYPES, SIZES
+from .tokenizer import TOKENIZER_TYPES
+
+
+@dataclass
+class ModelArguments:
+    """What is trained: a pretrained checkpoint or a new model of a published size, and its factorization."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Masked language model to continue with, and its tokenizer."}
+    )
+    # From scratch. ModernBERT by default: in so short a run BERT, with absolute positions, learns word frequencies only
+    model_type: str = field(default="modernbert", metadata={"help": "Architecture.", "choices": MODEL_TYPES})
+    size: str = field(default="tiny", metadata={"help": "Layers and width.", "choices": tuple(SIZES)})
+    # None by default, for short runs; BERT, RoBERTa and ELECTRA were published with 0.1, ModernBERT with none
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of sub-layers and attention; 0.1 for long runs."})
+    # Its tokenizer
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Take this tokenizer instead of training one."})
+    tokenizer_type: str = field(
+        default="wordpiece",
+        metadata={"help": "What is trained on the text: wordpiece, or bpe on bytes.", "choices": TOKENIZER_TYPES},
+    )
+    vocab_size: int = field(default=4000, metadata={"help": "Tokens of a trained tokenizer."})
+    lowercase: bool = field(default=True, metadata={"help": "Fold case and accents; in wordpiece only."})
+    # Factorization
+    factorize: bool = field(default=True, metadata={"help": "Make factorizations of the attention products."})
+    attention: list[str] = field(default_factory=lambda: ["qk", "ov"], metadata={"help": "Which: qk, ov or both."})
+    head_rank: str = field(
+        default="1.0", metadata={"help": "Rank of every head: a fraction of its width (0.5), or a whole number (16)."}
+    )
+    init: str = field(default="spectral", metadata={"help": "Initialisation of the factors: spectral or default."})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained and evaluated on, and how."""
+
+    # Text files, JSON lines, parquet, arrow (text and JSON may be .gz or .xz), or folders of them; without any of
+    # these, the novels that ship are used
+    train_file: list[str] | None = field(default=None, metadata={"help": "Training text: files and folders."})
+    validation_file: list[str] | None = field(default=None, metadata={"help": "Validation text: files and folders."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Without validation files: hold out this much at the end of the training text."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Key of the text in JSON lines and tables."})
+    documents: str = field(
+        default="file",
+        metadata={
+            "help": "A document of a text file: the whole file, or what stands between blank lines. Rows of JSON lines "
+            "and tables are documents.",
+            "choices": ("file", "blank_line"),
+        },
+    )
+    respect_documents: bool = field(default=False, metadata={"help": "Let no block reach over a document's end."})
+    max_line_length: int = field(default=16_000_000, metadata={"help": "Refuse longer lines, in characters."})
+    prepared_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where tokenized text is kept for the next run. Not given: `prepared` beside output_dir."},
+    )
+    # Blocks and masks
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens of a block, its two ends included."})
+    phase2_steps: int = field(
+        default=0, metadata={"help": "Train the last of max_steps on blocks of phase2_seq_length; BERT: a tenth."}
+    )
+    phase2_seq_length: int = field(default=512, metadata={"help": "Tokens of a block in these steps."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens (or words) to predict."})
+    whole_word_mask: bool = field(default=False, metadata={"help": "Mask all tokens of a word together."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first blocks only."})
+    # Use
+    predict: list[str] | None = field(
+        default=None,
+        metadata={"help": "Do not train: predict the [MASK]s of these sentences (-: standard input) with output_dir."},
+    )
+    top: int = field(default=5, metadata={"help": "Predictions to print for every mask."})
+
+
+@dataclass
+class MLMArguments(FNLTrainingArguments):
+    """Training arguments with the defaults of the demonstration."""
+
+    output_dir: str = field(default="runs/mlm", metadata={"help": "Where checkpoints and results go."})
+    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps; -1: train for num_train_epochs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks of a batch."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Blocks of an evaluation batch."})
+    fnl_optim: str | None = field(
+        default="lamb", metadata={"help": "lamb (with decoupled decay FLAMBé), nag, or none for that of --optim."}
+    )
+    learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate at the end of the warmup."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warmup, or below 1 their share."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights, and of factorizations."})
+    head_at_masks: bool = field(
+        default=True, metadata={"help": "Compute logits of masked tokens only: the same loss in less time and memory."}
+    )
+    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Keep no logits of the evaluation."})
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches."}
+    )
+
+    def __post_init__(self):
+        if self.fnl_optim == "none":
+            self.fnl_optim = None
+        super().__post_init__()
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, MLMArguments]:
+    """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, MLMArguments))
+    try:
+        model_args, data_args, args = parser.parse_args_into_dataclasses()
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+    if unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
+        raise InputError(
+            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
+            f"{', '.join(model_args.attention)}, or change --attention."
+        )
+    if args.frobenius_decay and not model_args.factorize:
+        raise InputError(f"--frobenius_decay {args.frobenius_decay} decays factorizations. Drop --no_factorize.")
+    if data_args.validation_file and not data_args.train_file:
+        raise InputError("--validation_file without --train_file. Give the text to train on.")
+    if not 0 <= data_args.validation_split_percentage < 100:
+        raise InputError(
+            f"--validation_split_percentage {data_args.validation_split_percentage}: expected 0 (hold out nothing) up "
+            "to below 100."
+        )
+    if not 0 < data_args.mlm_probability < 1:
+        raise InputError(f"--mlm_probability {data_args.mlm_probability}: expected a share between 0 and 1.")
+    if min(data_args.max_seq_length, data_args.phase2_seq_length) < 3:
+        raise InputError("a block has a begin and an end. Give a --max_seq_length and --phase2_seq_length above 2.")
+    if not 0 <= data_args.phase2_steps <= args.max_steps and data_args.phase2_steps:
+        raise InputError(
+            f"--phase2_steps {data_args.phase2_steps} are some of --max_steps {args.max_steps}. Give fewer than those."
+        )
+    # a Run is in its order already, and its examples say where they stand
+    args.train_sampling_strategy, args.remove_unused_columns = "sequential", False
+    return model_args, data_args, args
