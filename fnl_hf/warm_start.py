@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -87,7 +88,7 @@ class WarmStart(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Ask for a checkpoint at the switch: the trainer then switches in its place."""
         if attached(model) is None and (
-            state.global_step >= self.switch_step(state.max_steps) or self._settled(state, model)
+            state.global_step >= self.switch_step(state.max_steps) or self._settled(args, state, model)
         ):
             self.due = control.should_log = control.should_save = True
         return control
@@ -96,13 +97,15 @@ class WarmStart(TrainerCallback, ExportableState):
         """The step after which the model is factorized, at the latest for "stable"."""
         return self.step if self.step is not None else max(1, round(self.fraction * max_steps))
 
-    def _settled(self, state, model) -> bool:
+    def _settled(self, args, state, model) -> bool:
         if self.at != STABLE or state.global_step % max(1, state.max_steps // _CHECKS):
             return False
         before, self.stable_ranks = self.stable_ranks, [stable_rank(as_found(model, t)) for t in self.targets]
         if before is None:
             return False
-        return all(abs(new - old) < _SETTLED * old for old, new in zip(before, self.stable_ranks, strict=True))
+        settled = all(abs(new - old) < _SETTLED * old for old, new in zip(before, self.stable_ranks, strict=True))
+        # The main process decides for all: rounding must not make one switch without the others.
+        return bool(broadcast(torch.tensor(int(settled), device=args.device)))
 
 
 def parse_switch(at: str) -> tuple[int | None, float]:
