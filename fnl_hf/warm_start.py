@@ -38,7 +38,7 @@ _MOMENTS = {
 
 STABLE = "stable"
 _CHECKS = 40  # looks at the stable ranks in a run
-_SETTLED = 0.02  # largest relative change of a stable rank between two looks that counts as settled
+_SETTLED = 0.05  # largest relative change of a stable rank between two looks that counts as settled
 _LATEST = 0.5  # share of the run after which "stable" no longer waits
 
 
