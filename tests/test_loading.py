@@ -143,13 +143,13 @@ def test_a_head_over_a_base_checkpoint_and_the_base_of_a_head_checkpoint(tmp_pat
     with_head.save_pretrained(tmp_path / "head")
     base = tf.BertModel.from_pretrained(tmp_path / "head")
     assert torch.equal(output(base, TEXT), output(with_head.bert, TEXT))
-    assert [f.name for f in fnl_hf.factorizations(base)][0] == "encoder.layer.0.attention.ov"
+    assert [f.name for f in fnl_hf.factorizations(base)][0] == "encoder.layer.0.attention.self.qk"
     base.save_pretrained(tmp_path / "base")
     for cls in (tf.BertForMaskedLM, tf.BertForSequenceClassification):
         again = cls.from_pretrained(tmp_path / "base")
         assert torch.equal(output(again.bert, TEXT), output(base, TEXT))
         assert len(fnl_hf.factorizations(again)) == 4
-        assert fnl_hf.summary(again).rows[0]["name"] == "bert.encoder.layer.0.attention.ov"
+        assert fnl_hf.summary(again).rows[0]["name"] == "bert.encoder.layer.0.attention.self.qk"
     with_head.bert.save_pretrained(tmp_path / "inner")  # shares its config, and so the plan, with the outer model
     assert torch.equal(output(tf.BertModel.from_pretrained(tmp_path / "inner"), TEXT), output(base, TEXT))
 
