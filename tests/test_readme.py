@@ -37,6 +37,10 @@ def test_the_figures_are_those_of_the_results():
         assert shown.format(ratios[key]).replace("%", " %") in text
     for run in json.loads((RESULTS / "translation_default.json").read_text())["runs"]:
         assert f"| {run['seed']} | {run['test_bleu']:.2f} |" in text
+    pretraining = json.loads((RESULTS / "benchmark_mlm_cpu.json").read_text())["ratios"]
+    for variant, row in (("ours", "masked tokens only"), ("ours, all logits", "as transformers computes them")):
+        ratio = pretraining[variant]
+        assert f"{row} | {ratio['tokens/s']:.2f} x | {ratio['peak memory']:.2f} x |" in text
     by_setting = {}
     for run in json.loads((RESULTS / "translation_head_rank.json").read_text())["runs"]:
         by_setting.setdefault((run["head_rank"], run["factorize_at"]), {})[run["seed"]] = run["test_bleu"]
