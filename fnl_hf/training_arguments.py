@@ -76,7 +76,12 @@ class FNLArguments:
     def __post_init__(self):
         super().__post_init__()
         if self.factorize_at is not None:
-            parse_switch(self.factorize_at)
+            step, _ = parse_switch(self.factorize_at)
+            if step is not None and 0 < self.max_steps <= step:  # steps counted from epochs: when training begins
+                raise ValueError(
+                    f"factorize_at is {self.factorize_at!r}, but the run has {self.max_steps} steps: give an earlier "
+                    "step, or a fraction below 1"
+                )
         if self.frobenius_decay is not None:
             check_coefficient(self.frobenius_decay, "frobenius_decay")
         for name, known in (

@@ -7,7 +7,6 @@ from transformers import HfArgumentParser
 
 from ..running import InputError, one_line
 from ..training_arguments import FNLSeq2SeqTrainingArguments
-from ..warm_start import parse_switch
 
 
 @dataclass
@@ -107,6 +106,4 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TranslationArgumen
         raise InputError(f"--frobenius_decay {args.frobenius_decay} decays factorizations. Drop --no_factorize.")
     if args.factorize_at and not model_args.factorize:
         raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Drop --no_factorize.")
-    if args.factorize_at and 0 < args.max_steps <= (parse_switch(args.factorize_at)[0] or 0):
-        raise InputError(f"--factorize_at {args.factorize_at} is never reached in {args.max_steps} steps. Lower it.")
     return model_args, data_args, args
