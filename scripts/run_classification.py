@@ -52,7 +52,6 @@ from fnl_hf.finetuning import (
     FineTuner,
     Table,
     TableArguments,
-    announce,
     check_decay,
     check_metrics,
     classification_scores,
@@ -69,6 +68,7 @@ from fnl_hf.finetuning import (
 )
 from fnl_hf.running import (
     InputError,
+    announce,
     check_fit,
     check_same_model,
     last_complete_checkpoint,

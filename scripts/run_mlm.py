@@ -63,9 +63,9 @@ from fnl_hf.pretraining import (
 )
 from fnl_hf.running import (
     InputError,
+    announce,
     check_fit,
     check_same_model,
-    is_finished,
     last_complete_checkpoint,
     load,
     make_config,
@@ -219,11 +219,9 @@ def main() -> None:
     config = make_config(model_args)
     tokenizer, stores = prepared_text(checkpoint, model_args, data_args, args)
     run, validation = make_datasets(stores, tokenizer, data_args, args)
-    finished = checkpoint is not None and is_finished(checkpoint, args.max_steps)
+    finished = announce(checkpoint, args.max_steps)
 
     set_seed(args.seed)
-    if checkpoint is not None:
-        print(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
     if finished:
         model = load(AutoModelForMaskedLM, checkpoint)
     else:

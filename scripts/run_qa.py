@@ -45,7 +45,6 @@ from fnl_hf.finetuning import (
     Question,
     SquadFile,
     Window,
-    announce,
     check_decay,
     encode_questions,
     load_finished,
@@ -62,6 +61,7 @@ from fnl_hf.finetuning import (
 )
 from fnl_hf.running import (
     InputError,
+    announce,
     check_fit,
     check_same_model,
     last_complete_checkpoint,

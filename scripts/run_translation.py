@@ -46,10 +46,10 @@ from transformers import (
 import fnl_hf
 from fnl_hf.running import (
     InputError,
+    announce,
     average_checkpoints_,
     check_same_model,
     complete_checkpoints,
-    is_finished,
     last_complete_checkpoint,
     load,
     make_config,
@@ -189,13 +189,11 @@ def main() -> None:
 
     # Whatever may be wrong with the input is found before anything is trained or written
     checkpoint = last_complete_checkpoint(output_dir)
-    finished = checkpoint is not None and is_finished(checkpoint, args.max_steps)
+    finished = announce(checkpoint, args.max_steps)
     pairs = read_corpus(data_args)
     metric = hub_metric(data_args.metric) if data_args.metric else None
 
     set_seed(args.seed)
-    if checkpoint is not None:
-        print(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
     tokenizer = make_tokenizer(checkpoint or model_args.model_name_or_path, pairs["train"], model_args, data_args)
     config = make_config(model_args)
     if finished:

@@ -19,7 +19,6 @@ from .squad import Question, SquadFile, read_predictions, read_squad
 from .tables import Table, label_ids, label_names, read_table
 from .training import (
     FineTuner,
-    announce,
     check_decay,
     load_finished,
     padding,
@@ -39,7 +38,6 @@ __all__ = [
     "Table",
     "TableArguments",
     "Window",
-    "announce",
     "check_decay",
     "check_metrics",
     "classification_scores",

@@ -8,7 +8,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..factorization import factorizations
-from ..running import InputError, is_finished, load, one_line, report
+from ..running import InputError, load, one_line, report
 from ..trainer import FNLTrainer
 from .arguments import FineTuningArguments
 
@@ -48,15 +48,6 @@ def check_decay(args: FineTuningArguments, model: PreTrainedModel) -> None:
             f"--frobenius_decay {args.frobenius_decay:g} decays factorizations, and the checkpoint is dense. Add "
             "--factorize, or drop the decay."
         )
-
-
-def announce(checkpoint: Path | None, max_steps: int) -> bool:
-    """Say where the run stands; returns whether training is finished."""
-    if checkpoint is None:
-        return False
-    finished = is_finished(checkpoint, max_steps)
-    print(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
-    return finished
 
 
 def load_finished(auto_class: type, checkpoint: Path, args: FineTuningArguments) -> PreTrainedModel:

@@ -4,6 +4,7 @@ A side wing, as those that build on it: nothing in the library imports it.
 """
 
 from .checkpoints import (
+    announce,
     average_checkpoints_,
     check_same_model,
     complete_checkpoints,
@@ -17,6 +18,7 @@ from .text import open_text, read_lines
 
 __all__ = [
     "InputError",
+    "announce",
     "average_checkpoints_",
     "check_fit",
     "check_same_model",

@@ -65,6 +65,15 @@ def is_finished(checkpoint: Path, max_steps: int) -> bool:
     return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 
+def announce(checkpoint: Path | None, max_steps: int) -> bool:
+    """Say where the run stands; returns whether training is finished."""
+    if checkpoint is None:
+        return False
+    finished = is_finished(checkpoint, max_steps)
+    print(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
+    return finished
+
+
 def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
     """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it."""
     given = json.loads(config.to_json_string(use_diff=False))
