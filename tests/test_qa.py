@@ -819,7 +819,7 @@ def test_kill_9_and_the_same_command_again(tmp_path, bert, files):
         ({"tokenizer_name": "bigger"}, "embeddings of 120 tokens, and the tokenizer has 121"),
         ({"tokenizer_name": "unpadded"}, "no padding token"),
         ({"head_rank": 0.5}, "Add --factorize"),
-        ({"factorize_at": 3}, "Add --factorize"),
+        ({"factorize_at": 0.5}, "Add --factorize"),
         ({"frobenius_decay": 0.1}, "the checkpoint is dense. Add --factorize"),
         ({"factorize": "true", "head_rank": "half"}, "--head_rank half: not a number"),
         ({"factorize": "true", "head_rank": 17}, "head rank 17 is above its head_dim 16"),
