@@ -5,8 +5,8 @@
     python scripts/compare.py scripts/recipes/warm_start.yaml --only full 'half*' --seeds 1 2 3
 
 Every run leaves one JSON file (arguments, exit status, seconds, metrics, log history) and its output below
---output_dir; from the JSON files come table.md, which is also printed, and, where matplotlib is installed
-(fnl-hf[plot]), curves.png and parameters.png. The same command
+--output_dir; from the JSON files come table.md, which is also printed, summary.json (metrics and curves of all runs),
+and, where matplotlib is installed (fnl-hf[plot]), curves.png and parameters.png. The same command
 
 - goes on where it was stopped: finished runs are kept, others go on from their last checkpoint;
 - starts failed runs again. A failed run does not stop the others; it is in the table with its error;
@@ -51,7 +51,7 @@ import sys
 from pathlib import Path
 
 from fnl_hf.comparison import FAILED, Recipe, Results, Run, execute, markdown, plot, read_recipe, runs_of
-from fnl_hf.running import InputError
+from fnl_hf.running import InputError, write_json, write_text
 
 
 def parse_options() -> argparse.Namespace:
@@ -131,10 +131,11 @@ def print_commands(runs: list[Run], changed: dict[Run, str]) -> None:
 
 
 def report(results: Results, output_dir: Path) -> None:
-    """Write and print the table; draw the plots."""
+    """Write and print the table; write the summary; draw the plots."""
     table = markdown(results)
-    (output_dir / "table.md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\n{output_dir / 'table.md'}")
+    write_text(output_dir / "table.md", table)
+    write_json(output_dir / "summary.json", results.summary())
+    print(f"\n{table}\n{output_dir / 'table.md'}\n{output_dir / 'summary.json'}")
     try:
         print(*plot(results, output_dir), sep="\n")
     except ImportError:

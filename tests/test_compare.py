@@ -285,6 +285,7 @@ def test_a_comparison_from_start_to_table(make, monkeypatch, tmp_path, capsys):
     (out / "table.md").unlink()
     assert compare(monkeypatch, make(), "--output_dir", out, "--table_only", "--seeds", 3) == 0
     again = (out / "table.md").read_text()
+    assert str(out) not in (out / "summary.json").read_text()
     assert again.startswith(table.rstrip()) and "Not finished yet: 4 of 12 runs" in again
 
     moved = out.rename(tmp_path / "elsewhere")
@@ -493,6 +494,10 @@ def test_results_are_those_of_the_records(finished):
     assert results.values("low", "first", "eval_score") == [1, 2] and results.parameters("low") == 1000
     assert results.curve("low", "first") == {1: [1, 2], 2: [1 / 2, 1], 3: [1 / 3, 2 / 3], 4: [1 / 4, 2 / 4]}
     assert results.seconds("low") == [3.0, 3.0]
+    summary = results.summary()
+    first = summary["variants"]["low"]["first"]
+    assert first["metrics"] == {"eval_score": {"1": 1, "2": 2}} and summary["failed"][0] == "low, seed 3, first"
+    assert first["curve"] == {"loss": results.curve("low", "first")}
     table = markdown(results)
     assert (
         "| low | 1,000 | 1.5000 [1.0000..2.0000], n=2, 1 failed | 1.5000 [1.0000..2.0000], n=2, 1 failed | 3 |" in table

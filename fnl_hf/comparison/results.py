@@ -1,8 +1,9 @@
 """What the records of a comparison say: values of a metric, curves, sizes, and which runs are missing."""
 
 from collections import defaultdict
+from pathlib import Path
 
-from .recipe import Recipe
+from .recipe import Recipe, Value
 from .runs import FAILED, FINISHED, Run
 
 
@@ -65,8 +66,45 @@ class Results:
         common = set.intersection(*map(set, logs)) if logs else set()
         return {step: [log[step] for log in logs] for step in sorted(common)}
 
+    def summary(self) -> dict:
+        """What has finished, small enough to keep: settings, metrics and curves by variant, stage and seed.
+
+        No path of this machine is in it: variables and settings that are paths are cut to their last part.
+        """
+        variants = {}
+        for variant in self.started():
+            stages = {}
+            for name, stage in self.recipe.stages.items():
+                records = self.finished(variant, name)
+                if not records:
+                    continue
+                settings = self.recipe.variants[variant].get(name, {})
+                stages[name] = {
+                    "settings": _without_paths({key: records[0]["arguments"][key] for key in settings}),
+                    "metrics": {
+                        metric: {str(record["seed"]): record["metrics"][metric] for record in records}
+                        for metric in stage.metrics
+                    },
+                    "curve": {stage.curve: self.curve(variant, name)},
+                }
+            variants[variant] = {"parameters": self.parameters(variant), "seconds": self.seconds(variant)} | stages
+        return {
+            "title": self.recipe.title,
+            "recipe": self.recipe.path.name,
+            "variables": _without_paths(self.recipe.variables),
+            "variants": variants,
+            "failed": [str(run) for run in self.failed()],
+        }
+
     def _open(self) -> list[Run]:
         return [run for run, record in self.records.items() if not _ended(record, FINISHED, FAILED)]
+
+
+def _without_paths(values: dict[str, Value]) -> dict[str, Value]:
+    return {
+        name: [Path(word).name for word in value] if isinstance(value, list) else Path(value).name
+        for name, value in values.items()
+    }
 
 
 def _is(run: Run, variant: str | None, stage: str | None) -> bool:
