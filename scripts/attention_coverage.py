@@ -26,6 +26,7 @@ import fnl_hf
 from fnl_hf.attention import find_attention
 from fnl_hf.planning import plan
 from fnl_hf.probe import UNREACHED, Recording
+from fnl_hf.running import write_json
 
 
 @contextlib.contextmanager
@@ -156,7 +157,7 @@ def main():
         print(json.dumps(rows, indent=1))
     print("\n" + report(rows))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(options.json, rows)
 
 
 if __name__ == "__main__":

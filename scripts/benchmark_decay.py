@@ -11,7 +11,6 @@ implementation can do without, on the weights as they lie and on contiguous copi
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ from fnl_hf.algebra import chain
 from fnl_hf.decay import decay_step
 from fnl_hf.initialization import initial_factors
 from fnl_hf.measure import gradient_norms, measurements
+from fnl_hf.running import write_json
 
 SIZES = {
     "base": {},
@@ -202,7 +202,7 @@ def main():
         setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         if device.type == "cuda":
             setting["device"] = torch.cuda.get_device_name()
-        options.json.write_text(json.dumps({"setting": setting, "seconds": seconds, "ratios": ratios}, indent=2) + "\n")
+        write_json(options.json, {"setting": setting, "seconds": seconds, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ each variant: resident on the CPU, allocated on an accelerator.
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -49,6 +48,7 @@ from fnl_hf.pretraining import (
     train_tokenizer,
 )
 from fnl_hf.pretraining.model import MODEL_TYPES, SIZES
+from fnl_hf.running import write_json
 
 VARIANTS = ("stock", "ours", "ours, all logits")
 WARMUP = 3  # steps of a run that are not counted
@@ -199,7 +199,7 @@ def main() -> None:
         setting = {key: value for key, value in vars(options).items() if key not in ("json", "memory_of")}
         setting |= {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
         figures = {"setting": setting, "tokens_per_second": rates, "peak_memory_bytes": memory, "ratios": ratios}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(options.json, figures)
 
 
 if __name__ == "__main__":

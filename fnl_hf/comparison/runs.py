@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..running import InputError, complete_checkpoints
+from ..running import InputError, complete_checkpoints, write_json
 from .recipe import Recipe, Stage, Value, fill, placeholders
 
 FINISHED, FAILED, INTERRUPTED, RUNNING = "finished", "failed", "interrupted", "running"
@@ -71,9 +70,7 @@ class Run:
 
     def write(self, record: dict) -> None:
         """Replace the record, as a whole or not at all."""
-        partial = self.record_path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.record_path)
+        write_json(self.record_path, record)
 
     def is_finished(self) -> bool:
         record = self.record()
