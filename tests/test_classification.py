@@ -3,15 +3,12 @@
 import gzip
 import json
 import random
-import runpy
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,19 +20,11 @@ from transformers import (
 import fnl_hf
 from fnl_hf.finetuning import classification_scores, label_ids, label_names, read_table
 from fnl_hf.running import InputError
+from tests.script_runs import help_of, leave_half_a_checkpoint, refusal, run_script, same_weights, stopped_before
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "run_classification.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"max_seq_length": 32, "disable_tqdm": "true", "save_steps": 100, "per_device_train_batch_size": 8}
 WORDS = ["good", "great", "fine", "bad", "awful", "poor", "film", "book", "play", "a", "was", "the", "not", "at", "all"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def table(path: Path, header: str, *rows: str) -> Path:
@@ -154,27 +143,16 @@ def test_metrics_of_several_classes():
 
 def test_metrics_need_scikit_learn(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, model_name_or_path=tmp_path, train_file="x.tsv", output_dir=tmp_path / "out")
-    assert "pip install 'fnl-hf[metrics]'" in capsys.readouterr().err
+    options = TINY | {"model_name_or_path": tmp_path, "train_file": "x.tsv", "output_dir": tmp_path / "out"}
+    assert "pip install 'fnl-hf[metrics]'" in refusal(monkeypatch, capsys, "run_classification.py", **options)
 
 
 # -- the script -----------------------------------------------------------------------------------------
 
 
-def flags(**values) -> list[str]:
-    """Command-line arguments; a list gives several values."""
-    return [
-        str(word)
-        for name, value in values.items()
-        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
-
-
 def run(monkeypatch, **values):
     """Run the script in this process, as from the command line: tiny, but for what `values` say."""
-    monkeypatch.setattr(sys, "argv", ["run_classification.py", *flags(**TINY | values)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "run_classification.py", **TINY | values)
 
 
 def results_of(out: Path) -> dict:
@@ -257,9 +235,8 @@ def test_learns_scores_and_reloads(monkeypatch, tmp_path, bert, reviews, capsys)
     run(monkeypatch, **options)
     assert "training is finished" in capsys.readouterr().out
     assert results_of(out)["train_runtime"] == results["train_runtime"]
-    with pytest.raises(SystemExit):
-        run(monkeypatch, **options | {"dropout": 0.5})
-    assert "is of a model with another attention_probs_dropout_prob" in capsys.readouterr().err
+    error = refusal(monkeypatch, capsys, "run_classification.py", **TINY | options | {"dropout": 0.5})
+    assert "is of a model with another attention_probs_dropout_prob" in error
 
     # The fine-tuned model alone; rows sorted by length in training do not change the order of predictions
     options = {"model_name_or_path": out, "validation_file": reviews, "output_dir": tmp_path / "eval"}
@@ -268,9 +245,8 @@ def test_learns_scores_and_reloads(monkeypatch, tmp_path, bert, reviews, capsys)
 
     # And trained on, with its own order of the classes
     other = table(tmp_path / "other.tsv", "sentence|label", "the play was great|good", "the book was bad|bad")
-    with pytest.raises(SystemExit):
-        run(monkeypatch, **options | {"validation_file": other})
-    assert "line 2: label 'good' is not one of those trained on (0, 1)" in capsys.readouterr().err
+    error = refusal(monkeypatch, capsys, "run_classification.py", **TINY | options | {"validation_file": other})
+    assert "line 2: label 'good' is not one of those trained on (0, 1)" in error
 
 
 @pytest.mark.parametrize("head_rank", ["1.0", "0.5"])
@@ -306,23 +282,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path, bert, rev
     options |= {"dropout": 0.1, "factorize": factorize, "learning_rate": 1e-3}
     run(monkeypatch, **options, output_dir=tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == 13:
-            raise Killed
-
     out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", kill)
-        with pytest.raises(Killed):
-            run(patch, **options, output_dir=out)
-    shutil.copytree(out / "checkpoint-10", out / "checkpoint-15")  # as if killed while writing
-    (out / "checkpoint-15" / "trainer_state.json").unlink()
+    with stopped_before(monkeypatch, step=14):
+        run(monkeypatch, **options, output_dir=out)
+    leave_half_a_checkpoint(out, whole=10, step=15)
     run(monkeypatch, **options, output_dir=out)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_weights(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -366,17 +331,11 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys,
     options = {"model_name_or_path": bert, "train_file": reviews, "validation_file": reviews, "max_steps": 1}
     options |= {"output_dir": "out", **option}
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, **{name: value for name, value in options.items() if value is not None})
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert message in refusal(monkeypatch, capsys, "run_classification.py", **TINY | options)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_help_shows_commands(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run_classification.py", "--help"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert exit.value.code == 0 and "\n    python scripts/run_classification.py --model_name_or_path" in printed
+    assert "\n    python scripts/run_classification.py --model_name_or_path" in help_of(
+        monkeypatch, capsys, "run_classification.py"
+    )

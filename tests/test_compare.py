@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from fnl_hf.comparison import FAILED, FINISHED, INTERRUPTED, RUNNING, Results, markdown, plot, read_recipe, runs_of
 from fnl_hf.comparison.table import with_spread
 from fnl_hf.running import InputError
+from tests.script_runs import SCRIPTS, run_script
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 RECIPES = SCRIPTS / "recipes"
 
 # Writes what a training script would, from the numbers in its arguments; waits as long as a file is there
@@ -81,11 +81,10 @@ def make(tmp_path):
 
 def compare(monkeypatch, *words) -> int:
     """Run the script in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(SCRIPTS / "compare.py"), run_name="__main__")
+            run_script(monkeypatch, "compare.py", *words)
     finally:
         signal.signal(signal.SIGTERM, handler)
     return exit.value.code

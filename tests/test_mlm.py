@@ -5,20 +5,14 @@ import io
 import json
 import lzma
 import math
-import os
 import re
-import runpy
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 import fnl_hf
@@ -47,8 +41,9 @@ from fnl_hf.pretraining.preparation import write_store
 from fnl_hf.pretraining.text import END, bounded_lines
 from fnl_hf.pretraining.tokenizer import word_beginnings
 from fnl_hf.running import InputError, longest_input
+from tests.script_runs import kill_and_repeat, refusal, run_script, same_weights, stopped_before
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = ["The cat sat on the mat, and the dog sat on the log.", "A dog is no cat.", "Mats and logs are not dogs."] * 30
 TINY = {
     "vocab_size": 200,
@@ -57,15 +52,6 @@ TINY = {
     "logging_steps": 4,
     "disable_tqdm": True,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +88,7 @@ def test_the_demo_script_rebuilds_the_same_files(monkeypatch, tmp_path):
     for novel in novels:
         novel.write_bytes("\ufeffTITLE\r\n\r\n* * *\r\n".encode() + b"Some  words here.\r\n" * 38 + b"The end.")
     for name in ("one", "two"):
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, novels), "--output_dir", str(tmp_path / name)])
-        run_script("make_mlm_demo.py")
+        run_script(monkeypatch, "make_mlm_demo.py", *novels, output_dir=tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["novels.train.txt.xz", "novels.validation.txt.xz"]
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
@@ -513,23 +498,9 @@ def test_predictions_are_the_likeliest_of_every_mask(tokenizer):
 # -- the script -----------------------------------------------------------------------------------------
 
 
-def flags(**values) -> list[str]:
-    """Command-line arguments; a list gives several values."""
-    return [
-        str(word)
-        for name, value in values.items()
-        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
-
-
 def run(monkeypatch, **values):
     """Run the script in this process, as from the command line: tiny, but for what `values` say."""
-    monkeypatch.setattr(sys, "argv", ["run_mlm.py", *flags(**TINY | values)])
-    run_script("run_mlm.py")
-
-
-def run_script(name: str):
-    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    run_script(monkeypatch, "run_mlm.py", **TINY | values)
 
 
 @pytest.fixture
@@ -584,24 +555,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path, corpus, o
     """Stopped, in the first phase and in the second, and resumed: bit for bit the same weights."""
     options = {"max_steps": 12, "save_steps": 3, "train_file": corpus, "vocab_size": 300, **options}
     run(monkeypatch, **options, output_dir=tmp_path / "whole")
-    expected = load_file(tmp_path / "whole" / "model.safetensors")
-
-    class Killed(Exception):
-        pass
-
-    for step in (5, 10) if "phase2_steps" in options else (8,):
-
-        def kill(self, args, state, control, **kwargs):
-            if state.global_step == step:  # noqa: B023
-                raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", kill)
-            with pytest.raises(Killed):
-                run(patch, **options, output_dir=tmp_path / "stopped")
-    run(monkeypatch, **options, output_dir=tmp_path / "stopped")
-    resumed = load_file(tmp_path / "stopped" / "model.safetensors")
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    out = tmp_path / "stopped"
+    for step in (6, 11) if "phase2_steps" in options else (9,):
+        with stopped_before(monkeypatch, step):
+            run(monkeypatch, **options, output_dir=out)
+    run(monkeypatch, **options, output_dir=out)
+    assert same_weights(out, tmp_path / "whole")
 
 
 def test_continuing_a_checkpoint_and_epochs(monkeypatch, tmp_path, corpus, capsys):
@@ -632,10 +591,8 @@ def test_a_run_resumes_with_its_own_tokenizer_and_not_as_another_model(monkeypat
     vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     run(monkeypatch, **options, vocab_size=100, max_steps=3)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        run(monkeypatch, **options, dropout=0.2, max_steps=4)
-    assert "another attention_dropout (0.0, not 0.2)" in capsys.readouterr().err
+    error = refusal(monkeypatch, capsys, "run_mlm.py", **TINY, **options, dropout=0.2, max_steps=4)
+    assert "another attention_dropout (0.0, not 0.2)" in error
 
 
 def make_bad_inputs(folder: Path) -> None:
@@ -688,30 +645,12 @@ def make_bad_inputs(folder: Path) -> None:
 def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys, option, message):
     monkeypatch.chdir(tmp_path)
     make_bad_inputs(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, **{"max_steps": 1, "output_dir": "out", **option})
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    options = TINY | {"max_steps": 1, "output_dir": "out"} | option
+    assert message in refusal(monkeypatch, capsys, "run_mlm.py", **options)
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path):
-    out = tmp_path / "out"
-    options = flags(**TINY, max_steps=400, save_steps=40, output_dir=out)
-    command = [sys.executable, SCRIPTS / "run_mlm.py", *options]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while not (out / "checkpoint-80" / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "training resumes there" in done.stdout
-    assert "eval_loss" in json.loads((out / "all_results.json").read_text())
+    results = kill_and_repeat("run_mlm.py", tmp_path / "out", after=80, **TINY, max_steps=400, save_steps=40)
+    assert "eval_loss" in results

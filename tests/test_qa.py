@@ -4,21 +4,13 @@ import gzip
 import itertools
 import json
 import lzma
-import os
 import random
-import runpy
-import shutil
-import signal
 import string
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -34,18 +26,18 @@ from fnl_hf.finetuning import Question, Window, encode_questions, predict_answer
 from fnl_hf.finetuning.answers import best_spans
 from fnl_hf.finetuning.scoring import normalize, question_scores
 from fnl_hf.running import InputError
+from tests.script_runs import (
+    help_of,
+    kill_and_repeat,
+    leave_half_a_checkpoint,
+    refusal,
+    run_script,
+    same_weights,
+    stopped_before,
+)
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "run_qa.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = {"max_seq_length": 48, "doc_stride": 12, "max_question_length": 16, "disable_tqdm": "true", "save_steps": 100}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- exact match and F1 ---------------------------------------------------------------------------------
@@ -575,19 +567,9 @@ def test_no_answer_is_the_lowest_null_score_against_the_best_answer():
 # -- the script -----------------------------------------------------------------------------------------
 
 
-def flags(**values) -> list[str]:
-    """Command-line arguments; a list gives several values."""
-    return [
-        str(word)
-        for name, value in values.items()
-        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
-
-
 def run(monkeypatch, **values):
     """Run the script in this process, as from the command line: tiny, but for what `values` say."""
-    monkeypatch.setattr(sys, "argv", ["run_qa.py", *flags(**TINY | values)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_script(monkeypatch, "run_qa.py", **TINY | values)
 
 
 def save_bert(tokenizer, path: Path, **changes) -> Path:
@@ -729,23 +711,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path, bert, fil
         options |= {"model_name_or_path": tmp_path / "mlm", "tokenizer_name": bert}
     run(monkeypatch, **options, output_dir=tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == 13:
-            raise Killed
-
     out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", kill)
-        with pytest.raises(Killed):
-            run(patch, **options, output_dir=out)
-    shutil.copytree(out / "checkpoint-10", out / "checkpoint-15")  # as if killed while writing
-    (out / "checkpoint-15" / "trainer_state.json").unlink()
+    with stopped_before(monkeypatch, step=14):
+        run(monkeypatch, **options, output_dir=out)
+    leave_half_a_checkpoint(out, whole=10, step=15)
     run(monkeypatch, **options, output_dir=out)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_weights(out, tmp_path / "whole")
     products = fnl_hf.factorizations(AutoModelForQuestionAnswering.from_pretrained(out))
     assert len(products) == (0 if case == "dense" else 4)
 
@@ -775,24 +746,10 @@ def test_roberta_and_a_second_seed(monkeypatch, tmp_path, files):
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path, bert, files):
     out = tmp_path / "out"
-    paths = {name: files[name] for name in ("train_file", "validation_file")}
-    options = flags(**TINY | {"max_steps": 400, "save_steps": 20}, **paths, model_name_or_path=bert, output_dir=out)
-    command = [sys.executable, SCRIPT, *options]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while not (out / "checkpoint-40" / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (out / "all_results.json").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "training resumes there" in done.stdout
-    assert (out / "checkpoint-400").is_dir() and "eval_f1" in json.loads((out / "all_results.json").read_text())
+    options = TINY | {name: files[name] for name in ("train_file", "validation_file")}
+    options |= {"model_name_or_path": bert, "max_steps": 400, "save_steps": 20}
+    results = kill_and_repeat("run_qa.py", out, after=40, **options)
+    assert (out / "checkpoint-400").is_dir() and "eval_f1" in results
 
 
 @pytest.mark.parametrize(
@@ -856,18 +813,9 @@ def test_bad_input_is_one_line_and_writes_nothing(
     paths = {name: files[name] for name in ("train_file", "validation_file")}
     options = {"model_name_or_path": bert, **paths, "max_steps": 1, "output_dir": "out", **option}
     options |= {name: files["v2"] for name, value in option.items() if value == "v2"}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, **{name: value for name, value in options.items() if value is not None})
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert message in refusal(monkeypatch, capsys, "run_qa.py", **TINY | options)
     assert not (given / "out").exists()
 
 
 def test_help_shows_commands(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run_qa.py", "--help"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert exit.value.code == 0 and "\n    python scripts/run_qa.py --model_name_or_path runs/mlm" in printed
+    assert "\n    python scripts/run_qa.py --model_name_or_path runs/mlm" in help_of(monkeypatch, capsys, "run_qa.py")

@@ -4,14 +4,9 @@ import gzip
 import io
 import json
 import lzma
-import os
 import random
-import runpy
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +19,16 @@ from fnl_hf.running import InputError, average_checkpoints_, is_finished, last_c
 from fnl_hf.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
 from fnl_hf.translation import corpus as corpora
 from fnl_hf.translation.tokenizer import train_tokenizer
+from tests.script_runs import (
+    kill_and_repeat,
+    leave_half_a_checkpoint,
+    refusal,
+    run_script,
+    same_weights,
+    stopped_before,
+)
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"d_model": 16, "layers": 1, "heads": 2, "ffn_dim": 32, "max_length": 40}
 TINY = {
     **SMALL,
@@ -37,15 +40,6 @@ TINY = {
     "logging_steps": 4,
     "disable_tqdm": True,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +106,8 @@ def test_the_corpus_script_rebuilds_the_same_files_from_an_export(monkeypatch, t
     rows = [f"This is the {a} and {b}.\tDas ist {a} und {b}.\tCC-BY" for a in words for b in words]
     (tmp_path / "deu.txt").write_text("\n".join(rows), encoding="utf-8")
     for name in ("a", "b"):
-        sizes = flags(output_dir=tmp_path / name, train=20, validation=5, test=5)
-        monkeypatch.setattr(sys, "argv", ["make_tatoeba_corpus.py", str(tmp_path / "deu.txt"), *sizes])
-        run_script("make_tatoeba_corpus.py")
+        sizes = {"train": 20, "validation": 5, "test": 5}
+        run_script(monkeypatch, "make_tatoeba_corpus.py", tmp_path / "deu.txt", output_dir=tmp_path / name, **sizes)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == [f"tatoeba-de-en.{split}.tsv.xz" for split in ("test", "train", "validation")]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
@@ -307,23 +300,9 @@ def test_averaging_checkpoints(tokenizer, tmp_path):
 # -- the script -----------------------------------------------------------------------------------------
 
 
-def flags(**values) -> list[str]:
-    """Command-line arguments; a list gives several values."""
-    return [
-        str(word)
-        for name, value in values.items()
-        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
-    ]
-
-
 def run(monkeypatch, **values):
     """Run the script in this process, as from the command line: tiny, but for what `values` say."""
-    monkeypatch.setattr(sys, "argv", ["run_translation.py", *flags(**TINY | values)])
-    run_script("run_translation.py")
-
-
-def run_script(name: str):
-    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    run_script(monkeypatch, "run_translation.py", **TINY | values)
 
 
 def test_train_score_reload_and_translate(monkeypatch, tmp_path, capsys):
@@ -363,9 +342,9 @@ def test_train_score_reload_and_translate(monkeypatch, tmp_path, capsys):
     run(monkeypatch, translate="-", output_dir=out)
     assert capsys.readouterr().out.splitlines()[-1:] == expected[0].splitlines()[-1:]
 
-    with pytest.raises(SystemExit):
-        run(monkeypatch, max_steps=7, output_dir=out, ffn_dim=48)
-    assert "another decoder_ffn_dim (32, not 48). Give the arguments" in capsys.readouterr().err
+    options = TINY | {"max_steps": 7, "output_dir": out, "ffn_dim": 48}
+    error = refusal(monkeypatch, capsys, "run_translation.py", **options)
+    assert "another decoder_ffn_dim (32, not 48). Give the arguments" in error
 
     # Once more: nothing is trained again, and the scores are those of before
     run(monkeypatch, max_steps=6, save_steps=3, output_dir=out)
@@ -407,47 +386,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path, head_rank
     }
     run(monkeypatch, **options, output_dir=tmp_path / "whole")
 
-    class Killed(Exception):
-        pass
-
-    def kill(self, args, state, control, **kwargs):
-        if state.global_step == 24:
-            raise Killed
-
     out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", kill)
-        with pytest.raises(Killed):
-            run(patch, **options, output_dir=out)
-    shutil.copytree(out / "checkpoint-20", out / "checkpoint-30")  # as if killed while writing
-    (out / "checkpoint-30" / "trainer_state.json").unlink()
-    (out / "checkpoint-30" / "model.safetensors").write_bytes(b"")
+    with stopped_before(monkeypatch, step=25):
+        run(monkeypatch, **options, output_dir=out)
+    leave_half_a_checkpoint(out, whole=20, step=30)
     assert 1 < json.loads((out / "checkpoint-20" / "trainer_state.json").read_text())["epoch"] < 2
     run(monkeypatch, **options, output_dir=out)
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert same_weights(out, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_kill_9_and_the_same_command_again(tmp_path):
     out = tmp_path / "out"
-    options = flags(**TINY, max_steps=300, save_steps=20, output_dir=out)
-    command = [sys.executable, SCRIPTS / "run_translation.py", *options]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while not (out / "checkpoint-40" / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (out / "all_results.json").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "training resumes there" in done.stdout
-    assert (out / "checkpoint-300").is_dir() and "test_bleu" in json.loads((out / "all_results.json").read_text())
+    results = kill_and_repeat("run_translation.py", out, after=40, **TINY, max_steps=300, save_steps=20)
+    assert (out / "checkpoint-300").is_dir() and "test_bleu" in results
 
 
 @pytest.mark.parametrize(
@@ -474,9 +426,6 @@ def test_kill_9_and_the_same_command_again(tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys, option, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, max_steps=1, output_dir="out", **option)
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    options = TINY | {"max_steps": 1, "output_dir": "out"} | option
+    assert message in refusal(monkeypatch, capsys, "run_translation.py", **options)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
