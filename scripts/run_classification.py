@@ -76,6 +76,7 @@ from fnl_hf.running import (
     make_config,
     report,
     resources_used,
+    say,
     write_text,
 )
 
@@ -176,7 +177,7 @@ def main() -> None:
         check_same_model(model.config, checkpoint)
     if finished:
         model = load_finished(AutoModelForSequenceClassification, checkpoint, args)
-    print(
+    say(
         f"{model.num_parameters():,} parameters, {len(fnl_hf.factorizations(model))} factorizations; "
         f"{len(names)} classes ({', '.join(names[:6])}{', …' * (len(names) > 6)}); "
         + ", ".join(f"{len(table.texts):,} rows of {split}" for split, table in tables.items())

@@ -72,6 +72,7 @@ from fnl_hf.running import (
     one_line,
     report,
     resources_used,
+    say,
 )
 
 
@@ -151,9 +152,7 @@ def make_model(
     else:
         model = new_model(model_args.model_type, model_args.size, tokenizer, longest, model_args.dropout)
     if config is not None and fnl_hf.factorizations(model):
-        print(
-            f"{model_args.model_name_or_path} is factorized already, and stays so: --head_rank and --init are unused."
-        )
+        say(f"{model_args.model_name_or_path} is factorized already, and stays so: --head_rank and --init are unused.")
     elif config is not None:
         try:
             fnl_hf.factorize(model, config)
@@ -229,7 +228,7 @@ def main() -> None:
         model = make_model(tokenizer, None if args.factorize_at else config, model_args, longest)
     if checkpoint is not None:
         check_same_model(model.config, checkpoint)
-    print(
+    say(
         f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary; "
         f"{len(stores['train'].tokens):,} tokens of text, {run.passes:.1f} passes over them in {args.max_steps} steps"
     )

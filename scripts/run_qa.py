@@ -68,6 +68,7 @@ from fnl_hf.running import (
     make_config,
     report,
     resources_used,
+    say,
     write_json,
 )
 
@@ -104,7 +105,7 @@ def read(path: str, data_args: QAArguments, unique_ids: bool = False) -> SquadFi
             "--version_2_with_negative if they cannot be answered; else give a file with answers."
         )
     if file.misplaced:
-        print(
+        say(
             f"{path}: {file.misplaced} of {file.answers} answers are not at their answer_start, and {file.lost} "
             f"questions have no other; the first: {file.example}"
         )
@@ -181,7 +182,7 @@ def main() -> None:
         check_same_model(model.config, checkpoint)
     if finished:
         model = load_finished(AutoModelForQuestionAnswering, checkpoint, args)
-    print(
+    say(
         f"{model.num_parameters():,} parameters, {len(fnl_hf.factorizations(model))} factorizations; "
         f"{len(train_questions):,} questions to train on for {max(0, args.max_steps):,} steps, "
         f"{len(eval_questions):,} to evaluate on"

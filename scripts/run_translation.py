@@ -56,6 +56,7 @@ from fnl_hf.running import (
     one_line,
     report,
     resources_used,
+    say,
     write_text,
 )
 from fnl_hf.translation import (
@@ -202,7 +203,7 @@ def main() -> None:
         model = make_model(tokenizer, None if args.factorize_at else config, model_args, data_args)
     if checkpoint is not None:
         check_same_model(model.config, checkpoint)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
+    say(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
     datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
     trainer = TranslationTrainer(
@@ -231,7 +232,7 @@ def main() -> None:
     if "test" in pairs and trainer.is_world_process_zero():
         score(trainer, tokenizer, pairs["test"], data_args, metric)
     elif "test" not in pairs:
-        print("Not scored: give --test_file, or --test_source and --test_target.")
+        say("Not scored: give --test_file, or --test_source and --test_target.")
     report(trainer, "run", resources_used(started))
 
 

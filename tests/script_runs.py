@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+_PROCESS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def flags(**values) -> list[str]:
@@ -88,7 +89,7 @@ def kill_and_repeat(name: str, out: Path, after: int, **values) -> dict:
         its results.
     """
     command = [sys.executable, SCRIPTS / name, *flags(**values, output_dir=out)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | _PROCESS
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
@@ -103,3 +104,12 @@ def kill_and_repeat(name: str, out: Path, after: int, **values) -> dict:
     assert done.returncode == 0, done.stderr
     assert "training resumes there" in done.stdout
     return json.loads((out / "all_results.json").read_text())
+
+
+def run_on_two_processes(name: str, **values) -> str:
+    """Run a script by torchrun, two processes on the CPU; returns what they printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, SCRIPTS / name, *flags(**values)]
+    done = subprocess.run(command, env=os.environ | _PROCESS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -41,7 +41,7 @@ from fnl_hf.pretraining.preparation import write_store
 from fnl_hf.pretraining.text import END, bounded_lines
 from fnl_hf.pretraining.tokenizer import word_beginnings
 from fnl_hf.running import InputError, longest_input
-from tests.script_runs import kill_and_repeat, refusal, run_script, same_weights, stopped_before
+from tests.script_runs import kill_and_repeat, refusal, run_on_two_processes, run_script, same_weights, stopped_before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = ["The cat sat on the mat, and the dog sat on the log.", "A dog is no cat.", "Mats and logs are not dogs."] * 30
@@ -403,7 +403,10 @@ def test_validation_masks_are_fixed_and_its_loss_is_the_mean_over_labels(tmp_pat
             report_to="none",
         )  # fmt: skip
         trainer = MLMTrainer(model, args, data_collator=Masking(tokenizer, seed=size), eval_dataset=fixed)
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        for multiple in (1, 2 * size):  # as for one process and for two
+            fixed.fill_up(multiple)
+            assert len(fixed) % multiple == 0
+            assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # -- models and their trainer ---------------------------------------------------------------------------
@@ -654,3 +657,16 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys,
 def test_kill_9_and_the_same_command_again(tmp_path):
     results = kill_and_repeat("run_mlm.py", tmp_path / "out", after=80, **TINY, max_steps=400, save_steps=40)
     assert "eval_loss" in results
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    options = TINY | {"max_steps": 4, "max_eval_samples": 21, "use_cpu": True, "output_dir": out}
+    output = run_on_two_processes("run_mlm.py", **options)
+    assert output.count("tokens in the vocabulary") == 1  # what is said is said once
+    results = json.loads((out / "all_results.json").read_text())
+    run(monkeypatch, **options)  # finds the run finished, and evaluates it
+    alone = json.loads((out / "all_results.json").read_text())
+    assert alone["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    assert alone["eval_labels"] == results["eval_labels"] and alone["train_loss"] == results["train_loss"]

@@ -1,5 +1,6 @@
 """Masks for masked language modelling: dynamic in training, fixed in evaluation, a function of seed and place."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -88,14 +89,21 @@ class FixedMasks(Dataset):
     def __init__(self, blocks: Blocks, tokenizer: PreTrainedTokenizerBase, limit: int | None = None):
         self.blocks = blocks
         self.count = len(blocks) if limit is None else min(limit, len(blocks))
+        self.length = self.count
         self.masking = Masking(tokenizer)
 
+    def fill_up(self, multiple: int) -> None:
+        """Lengthen to a multiple, by blocks without labels: batches for all processes without a block given twice."""
+        self.length = math.ceil(self.count / multiple) * multiple
+
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        if not 0 <= i < self.count:
+        if not 0 <= i < self.length:
             raise IndexError(i)
+        if i >= self.count:
+            return self[0] | {"labels": torch.full_like(self[0]["labels"], -100)}
         batch = self.masking([{"position": i, "input_ids": self.blocks[i]}])
         return {name: tensor[0] for name, tensor in batch.items()}
 

@@ -18,7 +18,7 @@ class MLMTrainer(FNLTrainer):
     width), to the head. The loss is the same; BERT's own code gathers alike.
 
     The evaluation: the loss is the mean over all labels of a `FixedMasks` dataset. The Trainer's is the mean of the
-    means of batches, which depends on how blocks fall into batches.
+    means of batches, which depends on how blocks fall into batches, and on several processes counts some blocks twice.
     """
 
     def __init__(self, *args, **kwargs):
@@ -44,6 +44,13 @@ class MLMTrainer(FNLTrainer):
             return super().compute_loss(model, {**inputs, "labels": labels[self._chosen][None]}, *args, **kwargs)
         finally:
             self._chosen = None
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in `Trainer`; on several processes a `FixedMasks` dataset is filled up first."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, FixedMasks) and self.args.world_size > 1:
+            dataset.fill_up(self.args.eval_batch_size * self.args.world_size)
+        return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the loss enters by its labels, against those of an average block."""

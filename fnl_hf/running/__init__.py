@@ -13,7 +13,7 @@ from .checkpoints import (
 )
 from .errors import InputError, one_line, parse_head_rank
 from .models import check_fit, load, longest_input, make_config
-from .results import report, resources_used, write_json, write_text
+from .results import report, resources_used, say, write_json, write_text
 from .text import open_text, read_lines
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "read_lines",
     "report",
     "resources_used",
+    "say",
     "write_json",
     "write_text",
 ]

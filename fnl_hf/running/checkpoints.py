@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .errors import InputError
+from .results import say
 
 
 def complete_checkpoints(output_dir: str | Path, like: PreTrainedConfig | None = None) -> list[Path]:
@@ -70,7 +71,7 @@ def announce(checkpoint: Path | None, max_steps: int) -> bool:
     if checkpoint is None:
         return False
     finished = is_finished(checkpoint, max_steps)
-    print(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
+    say(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
     return finished
 
 
