@@ -1,6 +1,7 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -100,6 +101,23 @@ def save_under_own_names(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module._weight_conversions = []
+
+
+@contextmanager
+def own_names(model: nn.Module) -> Iterator[None]:
+    """Within, ``save_pretrained`` keeps the names of the model's own parameters, whatever checkpoint it came from."""
+    conversions = "_weight_conversions"
+    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [vars(module).get(conversions) for module in submodels]
+    for module in submodels:
+        vars(module)[conversions] = []
+    try:
+        yield
+    finally:
+        for module, value in zip(submodels, before, strict=True):
+            vars(module)[conversions] = value
+            if value is None:
+                del vars(module)[conversions]
 
 
 def to_dense(model: nn.Module) -> nn.Module:

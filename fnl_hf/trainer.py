@@ -15,6 +15,7 @@ from .messages import say
 from .normalization import ImposeNorms
 from .optim import NAG, Lamb
 from .overview import decay_table
+from .patching import own_names
 from .training_arguments import SCHEDULES, FNLArguments
 from .warm_start import WarmStartMixin
 
@@ -182,6 +183,16 @@ class FNLTrainerMixin(WarmStartMixin):
             if self._couples_decay:
                 add_decay_gradients(products, self._coefficient_now() * scale)
         return loss
+
+    def _save_checkpoint(self, model, trial):
+        """As in `Trainer`, under the model's own names.
+
+        A model loaded from a checkpoint with older names (LayerNorm.gamma, as bert-base-uncased has them) is saved with
+        those, and what the Trainer reads back, to resume or as the best model, knows only the model's own: all
+        LayerNorms would silently be lost (transformers issue 48805).
+        """
+        with own_names(self.model):
+            super()._save_checkpoint(model, trial)
 
     # -- what the user sees -----------------------------------------------------------------------------
 

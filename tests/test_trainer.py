@@ -1,10 +1,12 @@
 """The trainers: decay where it belongs, the same update under accumulation, clear errors at start."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import fnl_hf
@@ -255,3 +257,44 @@ def test_plain_training_arguments_are_refused_by_name(tmp_path):
         fnl_hf.FNLTrainer(
             model=make_model("bert"), args=tf.TrainingArguments(output_dir=str(tmp_path), report_to="none")
         )
+
+
+@pytest.mark.parametrize("factorized", [False, True])
+def test_older_names_of_weights_survive_resuming_and_loading_the_best(factorized, tmp_path):
+    """As in bert-base-uncased, whose LayerNorms are called gamma and beta."""
+    make_model("bert").save_pretrained(tmp_path / "new")
+    weights = load_file(tmp_path / "new" / "model.safetensors")
+    older = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): weight
+        for name, weight in weights.items()
+    }
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    save_file(older, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.5}
+
+    def trainer(out, **more):
+        model = tf.BertForMaskedLM.from_pretrained(tmp_path / "old")
+        if factorized:
+            fnl_hf.factorize(model)
+        args = fnl_hf.FNLTrainingArguments(
+            str(tmp_path / out),
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            frobenius_decay=0.0,
+            **options,
+            **more,
+        )
+        return fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert"), eval_dataset=examples("bert"))
+
+    whole = trainer("out")
+    whole.train()
+    resumed = trainer("out")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert_close(dict(resumed.model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0)
+    resumed.save_model()  # as everywhere, under the names that it came with
+    assert any("gamma" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+    best = trainer("best", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+    best.train()
+    assert best.evaluate()["eval_loss"] == pytest.approx(best.state.best_metric)
