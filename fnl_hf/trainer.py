@@ -213,7 +213,10 @@ class FNLTrainerMixin(WarmStartMixin):
 
     def _product_logs(self) -> dict[str, float]:
         products = of_kinds(self.model, self.args.frobenius_decay_kinds)
-        measured = measurements(products)
+        try:
+            measured = measurements(products)
+        except torch.linalg.LinAlgError:  # of weights that are not finite; the loss beside this says so
+            return {}
         for kind, (of_decay, of_loss) in self._gradient_norms.items():
             measured[kind]["decay_to_loss_gradient"] = of_decay / of_loss if of_loss else math.inf
         self._gradient_norms = {}

@@ -52,31 +52,32 @@ from fnl_hf.finetuning import (
     FineTuner,
     Table,
     TableArguments,
-    check_decay,
     check_metrics,
     classification_scores,
     label_ids,
     label_names,
-    load_finished,
     load_model,
     load_tokenizer,
     padding,
     parse_table_arguments,
     read_table,
     set_max_steps,
-    train,
 )
 from fnl_hf.running import (
     InputError,
     announce,
+    check_decay,
     check_fit,
     check_same_model,
     last_complete_checkpoint,
     load,
+    load_finished,
     make_config,
+    one_line_errors,
     report,
     resources_used,
     say,
+    train,
     write_text,
 )
 
@@ -161,7 +162,8 @@ def main() -> None:
     model = load_model(
         AutoModelForSequenceClassification,
         model_args,
-        None if args.factorize_at else config,
+        tokenizer,
+        factorization=None if args.factorize_at else config,
         needs_head=not training,
         num_labels=len(names),
         problem_type="single_label_classification",
@@ -174,7 +176,7 @@ def main() -> None:
         set_max_steps(args, len(rows["train"]))
     finished = announce(checkpoint, args.max_steps)
     if checkpoint is not None:
-        check_same_model(model.config, checkpoint)
+        check_same_model(model.config, checkpoint, bool(args.factorize_at))
     if finished:
         model = load_finished(AutoModelForSequenceClassification, checkpoint, args)
     say(
@@ -183,18 +185,19 @@ def main() -> None:
         + ", ".join(f"{len(table.texts):,} rows of {split}" for split, table in tables.items())
     )
 
-    trainer = FineTuner(
-        model=model,
-        args=args,
-        train_dataset=rows.get("train"),
-        eval_dataset=rows.get("validation"),
-        data_collator=padding(tokenizer, data_args.max_seq_length, data_args.pad_to_max_length),
-        processing_class=tokenizer,
-        compute_metrics=scores,
-        fnl_config=config if args.factorize_at else None,
-    )
+    with one_line_errors(ValueError):
+        trainer = FineTuner(
+            model=model,
+            args=args,
+            train_dataset=rows.get("train"),
+            eval_dataset=rows.get("validation"),
+            data_collator=padding(tokenizer, data_args.max_seq_length, data_args.pad_to_max_length),
+            processing_class=tokenizer,
+            compute_metrics=scores,
+            fnl_config=config if args.factorize_at else None,
+        )
     if training and not finished:
-        train(trainer, checkpoint, {"train_rows": len(rows["train"])})
+        report(trainer, "train", train(trainer, checkpoint) | {"train_rows": len(rows["train"])})
     if training:
         trainer.save_model()
     for split, prefix, name in (("validation", "eval", "predictions"), ("test", "test", "test_predictions")):

@@ -32,6 +32,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -47,6 +48,7 @@ from fnl_hf.pretraining import (
     ModelArguments,
     Run,
     TokenStore,
+    check_phases,
     check_tokenizer,
     corpus_files,
     fingerprint,
@@ -64,15 +66,18 @@ from fnl_hf.pretraining import (
 from fnl_hf.running import (
     InputError,
     announce,
+    check_decay,
     check_fit,
     check_same_model,
     last_complete_checkpoint,
     load,
+    load_finished,
     make_config,
-    one_line,
+    one_line_errors,
     report,
     resources_used,
     say,
+    train,
 )
 
 
@@ -147,17 +152,15 @@ def make_model(
         longest: tokens of the longest block.
     """
     if model_args.model_name_or_path:
-        model = load(AutoModelForMaskedLM, model_args.model_name_or_path)
+        model = load(AutoModelForMaskedLM, model_args.model_name_or_path, dtype=torch.float32)
         check_fit(model, tokenizer, longest, "--max_seq_length and --phase2_seq_length")
     else:
         model = new_model(model_args.model_type, model_args.size, tokenizer, longest, model_args.dropout)
     if config is not None and fnl_hf.factorizations(model):
         say(f"{model_args.model_name_or_path} is factorized already, and stays so: --head_rank and --init are unused.")
     elif config is not None:
-        try:
+        with one_line_errors(ValueError):
             fnl_hf.factorize(model, config)
-        except ValueError as error:
-            raise InputError(one_line(error)) from error
     return model
 
 
@@ -175,6 +178,7 @@ def make_datasets(
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if args.max_steps <= 0:
         args.max_steps = math.ceil(args.num_train_epochs * len(blocks[0]) / per_step)
+        check_phases(data_args, args)
     phase2 = data_args.phase2_steps
     sequences = [per_step * steps for steps in (args.max_steps - phase2, phase2)][: len(blocks)]
     run = Run(blocks, sequences, data_seed(args))
@@ -222,38 +226,36 @@ def main() -> None:
 
     set_seed(args.seed)
     if finished:
-        model = load(AutoModelForMaskedLM, checkpoint)
+        model = load_finished(AutoModelForMaskedLM, checkpoint, args)
     else:
         longest = max(sequence_lengths(data_args))
         model = make_model(tokenizer, None if args.factorize_at else config, model_args, longest)
+    check_decay(args, model)
     if checkpoint is not None:
-        check_same_model(model.config, checkpoint)
+        check_same_model(model.config, checkpoint, bool(args.factorize_at))
     say(
         f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary; "
         f"{len(stores['train'].tokens):,} tokens of text, {run.passes:.1f} passes over them in {args.max_steps} steps"
     )
 
-    trainer = MLMTrainer(
-        model=model,
-        args=args,
-        train_dataset=run,
-        eval_dataset=validation,
-        data_collator=Masking(
-            tokenizer,
-            data_args.mlm_probability,
-            data_args.whole_word_mask,
-            data_seed(args),
-            pad=data_args.respect_documents,
-        ),
-        processing_class=tokenizer,
-        fnl_config=config if args.factorize_at else None,
-    )
+    with one_line_errors(ValueError):
+        trainer = MLMTrainer(
+            model=model,
+            args=args,
+            train_dataset=run,
+            eval_dataset=validation,
+            data_collator=Masking(
+                tokenizer,
+                data_args.mlm_probability,
+                data_args.whole_word_mask,
+                data_seed(args),
+                pad=data_args.respect_documents,
+            ),
+            processing_class=tokenizer,
+            fnl_config=config if args.factorize_at else None,
+        )
     if not finished:
-        try:
-            metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-        except FloatingPointError as error:  # a decay too strong for the learning rate
-            raise InputError(one_line(error)) from error
-        report(trainer, "train", metrics | {"train_passes": round(run.passes, 2)})
+        report(trainer, "train", train(trainer, checkpoint) | {"train_passes": round(run.passes, 2)})
     trainer.accelerator.wait_for_everyone()  # until the last checkpoint is written
     trainer.save_model()
     if validation is not None:

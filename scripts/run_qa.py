@@ -45,9 +45,7 @@ from fnl_hf.finetuning import (
     Question,
     SquadFile,
     Window,
-    check_decay,
     encode_questions,
-    load_finished,
     load_model,
     load_tokenizer,
     padding,
@@ -57,18 +55,21 @@ from fnl_hf.finetuning import (
     read_squad,
     set_max_steps,
     squad_scores,
-    train,
 )
 from fnl_hf.running import (
     InputError,
     announce,
+    check_decay,
     check_fit,
     check_same_model,
     last_complete_checkpoint,
+    load_finished,
     make_config,
+    one_line_errors,
     report,
     resources_used,
     say,
+    train,
     write_json,
 )
 
@@ -165,7 +166,13 @@ def main() -> None:
     sizes = (data_args.max_seq_length, data_args.doc_stride, data_args.max_question_length)
 
     set_seed(args.seed)
-    model = load_model(AutoModelForQuestionAnswering, model_args, None if args.factorize_at else config, not training)
+    model = load_model(
+        AutoModelForQuestionAnswering,
+        model_args,
+        tokenizer,
+        factorization=None if args.factorize_at else config,
+        needs_head=not training,
+    )
     check_fit(model, tokenizer, data_args.max_seq_length, "--max_seq_length")
     check_decay(args, model)
     train_rows = eval_rows = scoring = None
@@ -179,7 +186,7 @@ def main() -> None:
         set_max_steps(args, len(train_rows))
     finished = announce(checkpoint, args.max_steps)
     if checkpoint is not None:
-        check_same_model(model.config, checkpoint)
+        check_same_model(model.config, checkpoint, bool(args.factorize_at))
     if finished:
         model = load_finished(AutoModelForQuestionAnswering, checkpoint, args)
     say(
@@ -188,18 +195,19 @@ def main() -> None:
         f"{len(eval_questions):,} to evaluate on"
     )
 
-    trainer = FineTuner(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        data_collator=padding(tokenizer, data_args.max_seq_length, data_args.pad_to_max_length),
-        processing_class=tokenizer,
-        compute_metrics=scoring,
-        fnl_config=config if args.factorize_at else None,
-    )
+    with one_line_errors(ValueError):
+        trainer = FineTuner(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=padding(tokenizer, data_args.max_seq_length, data_args.pad_to_max_length),
+            processing_class=tokenizer,
+            compute_metrics=scoring,
+            fnl_config=config if args.factorize_at else None,
+        )
     if training and not finished:
-        train(trainer, checkpoint, train_about)
+        report(trainer, "train", train(trainer, checkpoint) | train_about)
     if training:
         trainer.save_model()
     if validation:

@@ -33,6 +33,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -48,15 +49,19 @@ from fnl_hf.running import (
     InputError,
     announce,
     average_checkpoints_,
+    check_decay,
+    check_fit,
     check_same_model,
     complete_checkpoints,
     last_complete_checkpoint,
     load,
+    load_finished,
     make_config,
-    one_line,
+    one_line_errors,
     report,
     resources_used,
     say,
+    train,
     write_text,
 )
 from fnl_hf.translation import (
@@ -70,6 +75,7 @@ from fnl_hf.translation import (
     parse_arguments,
     read_split,
     sacrebleu_score,
+    steps_of_epochs,
     train_tokenizer,
     translate,
 )
@@ -113,10 +119,12 @@ def make_model(
     model_args: ModelArguments,
     data_args: DataArguments,
 ) -> PreTrainedModel:
-    """The pretrained model or a new one, factorized if there is a config."""
-    try:
-        if model_args.model_name_or_path:
-            model = load(AutoModelForSeq2SeqLM, model_args.model_name_or_path)
+    """The pretrained model or a new one, factorized if there is a config and the checkpoint is not so already."""
+    path = model_args.model_name_or_path
+    with one_line_errors(ValueError):
+        if path:
+            model = load(AutoModelForSeq2SeqLM, path, dtype=torch.float32)
+            check_fit(model, tokenizer, data_args.max_length, "--max_length")
         else:
             model = new_marian(
                 tokenizer,
@@ -127,10 +135,10 @@ def make_model(
                 dropout=model_args.dropout,
                 max_length=data_args.max_length,
             )
-        if config is not None:
+        if config is not None and fnl_hf.factorizations(model):
+            say(f"{path} is factorized already, and stays so: --head_rank and --init are unused.")
+        elif config is not None:
             fnl_hf.factorize(model, config)
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
     return model
 
 
@@ -190,37 +198,38 @@ def main() -> None:
 
     # Whatever may be wrong with the input is found before anything is trained or written
     checkpoint = last_complete_checkpoint(output_dir)
-    finished = announce(checkpoint, args.max_steps)
     pairs = read_corpus(data_args)
     metric = hub_metric(data_args.metric) if data_args.metric else None
 
     set_seed(args.seed)
     tokenizer = make_tokenizer(checkpoint or model_args.model_name_or_path, pairs["train"], model_args, data_args)
     config = make_config(model_args)
+    datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
+    if args.max_steps <= 0:
+        args.max_steps = steps_of_epochs(datasets["train"], args)
+    finished = announce(checkpoint, args.max_steps)
     if finished:
-        model = load(AutoModelForSeq2SeqLM, checkpoint)
+        model = load_finished(AutoModelForSeq2SeqLM, checkpoint, args)
     else:
         model = make_model(tokenizer, None if args.factorize_at else config, model_args, data_args)
+    check_decay(args, model)
     if checkpoint is not None:
-        check_same_model(model.config, checkpoint)
+        check_same_model(model.config, checkpoint, bool(args.factorize_at))
     say(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
-    datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
-    trainer = TranslationTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
-        # label smoothing takes the labels from the model, so the decoder's inputs come from the collator
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        processing_class=tokenizer,
-        fnl_config=config if args.factorize_at else None,
-    )
+    with one_line_errors(ValueError):
+        trainer = TranslationTrainer(
+            model=model,
+            args=args,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets.get("validation"),
+            # label smoothing takes the labels from the model, so the decoder's inputs come from the collator
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+            processing_class=tokenizer,
+            fnl_config=config if args.factorize_at else None,
+        )
     if not finished:
-        try:
-            metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-        except FloatingPointError as error:  # a decay too strong for the learning rate
-            raise InputError(one_line(error)) from error
+        metrics = train(trainer, checkpoint)
         # The Trainer counts samples by a fixed batch size, which batches of tokens do not have
         report(trainer, "train", {key: value for key, value in metrics.items() if "samples" not in key})
     trainer.accelerator.wait_for_everyone()  # until the last checkpoint is written

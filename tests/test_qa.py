@@ -662,7 +662,7 @@ def test_learns_scores_and_reloads(monkeypatch, tmp_path, bert, files, capsys):
 def test_questions_without_answers(monkeypatch, tmp_path, bert, files):
     out = tmp_path / "out"
     options = {"model_name_or_path": bert, "train_file": files["v2"], "validation_file": files["v2"]}
-    options |= {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "num_train_epochs": 40}
+    options |= {"learning_rate": 3e-3, "per_device_train_batch_size": 8, "num_train_epochs": 60}
     run(monkeypatch, **options, version_2_with_negative="true", output_dir=out)
     results = json.loads((out / "all_results.json").read_text())
     assert results["eval_NoAns_total"] == 8 and results["eval_HasAns_total"] == 16
@@ -777,7 +777,7 @@ def test_kill_9_and_the_same_command_again(tmp_path, bert, files):
         ({"tokenizer_name": "unpadded"}, "no padding token"),
         ({"head_rank": 0.5}, "Add --factorize"),
         ({"factorize_at": 0.5}, "Add --factorize"),
-        ({"frobenius_decay": 0.1}, "the checkpoint is dense. Add --factorize"),
+        ({"frobenius_decay": 0.1}, "the model is dense. Add --factorize"),
         ({"factorize": "true", "head_rank": "half"}, "--head_rank half: not a number"),
         ({"factorize": "true", "head_rank": 17}, "head rank 17 is above its head_dim 16"),
         ({"factorize": "true", "model_name_or_path": "factorized"}, "factorized already. Drop --factorize"),

@@ -24,8 +24,8 @@ class Results:
         return [record for run, record in self.records.items() if _is(run, variant, stage) and _ended(record, FINISHED)]
 
     def values(self, variant: str, stage: str, metric: str) -> list[float]:
-        """The metric at the end of every run that finished."""
-        return [record["metrics"][metric] for record in self.finished(variant, stage)]
+        """The metric at the end of every run that finished and has it: a recipe may name others than before."""
+        return [record["metrics"][metric] for record in self.finished(variant, stage) if metric in record["metrics"]]
 
     def failed(self, variant: str | None = None, stage: str | None = None) -> dict[Run, dict]:
         """Runs that failed, with their records."""
@@ -82,7 +82,7 @@ class Results:
                 stages[name] = {
                     "settings": _without_paths({key: records[0]["arguments"][key] for key in settings}),
                     "metrics": {
-                        metric: {str(record["seed"]): record["metrics"][metric] for record in records}
+                        metric: {str(record["seed"]): record["metrics"].get(metric) for record in records}
                         for metric in stage.metrics
                     },
                     "curve": {stage.curve: self.curve(variant, name)},

@@ -19,11 +19,8 @@ from .squad import Question, SquadFile, read_predictions, read_squad
 from .tables import Table, label_ids, label_names, read_table
 from .training import (
     FineTuner,
-    check_decay,
-    load_finished,
     padding,
     set_max_steps,
-    train,
 )
 from .windows import Window, encode_questions
 
@@ -38,13 +35,11 @@ __all__ = [
     "Table",
     "TableArguments",
     "Window",
-    "check_decay",
     "check_metrics",
     "classification_scores",
     "encode_questions",
     "label_ids",
     "label_names",
-    "load_finished",
     "load_model",
     "load_tokenizer",
     "padding",
@@ -56,5 +51,4 @@ __all__ = [
     "read_table",
     "set_max_steps",
     "squad_scores",
-    "train",
 ]

@@ -99,6 +99,8 @@ def predict_answers(
             window, starts, ends = windows[row], start_logits[row], end_logits[row]
             nulls.append(Span(0, 0, float(starts[window.null]), float(ends[window.null])))
             for span in best_spans(window, starts, ends, n_best, max_answer_length):
+                if not _text(question, span):  # byte-level tokens may be blanks
+                    continue
                 place = span.begin, span.end  # windows overlap: the same words may come twice
                 if place not in spans or spans[place].score < span.score:
                     spans[place] = span

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
-from ..running import InputError, one_line
+from ..running import InputError, check_arguments, one_line
 from ..training_arguments import FNLTrainingArguments
 
 
@@ -159,12 +159,15 @@ def _parse(types: tuple[type, ...], description: str):
 
 
 def _check_files(data_args: QAArguments | TableArguments, args: FineTuningArguments, files: tuple) -> None:
+    check_arguments(args)
     if not any(files):
         raise InputError("nothing to do. Give --train_file, --validation_file, or both.")
     for name in ("max_train_samples", "max_eval_samples"):
         limit = getattr(data_args, name)
         if limit is not None and limit < 1:
             raise InputError(f"--{name} {limit}: expected at least 1.")
+    if args.prediction_loss_only or not args.eval_do_concat_batches:
+        raise InputError("scores need all predictions. Drop --prediction_loss_only and --eval_do_concat_batches.")
     if args.eval_strategy != "no" and not data_args.validation_file:
         raise InputError(f"--eval_strategy {args.eval_strategy.value} without --validation_file. Give the file.")
 

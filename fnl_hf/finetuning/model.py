@@ -1,5 +1,6 @@
 """The checkpoint that is fine-tuned, with its tokenizer."""
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import FNLConfig
@@ -37,6 +38,7 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
 def load_model(
     auto_class: type,
     model_args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
     factorization: FNLConfig | None = None,
     needs_head: bool = False,
     **options,
@@ -57,10 +59,17 @@ def load_model(
     path = model_args.model_name_or_path
     if model_args.dropout is not None:
         options |= _dropout(load(AutoConfig, path), model_args.dropout, path)
+    # Trained in float32, whatever it was saved in: --bf16 and --fp16 are mixed precision
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": not needs_head}  # a head of other classes is new
     model, info = load(auto_class, path, output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
     if missing and needs_head:
         raise InputError(f"{path} was not trained for this: it has no {missing[0]}. Fine-tune it: give --train_file.")
+    body = f"{model.base_model_prefix}."
+    if lost := [name for name in missing if name.startswith(body) and ".pooler." not in name]:
+        raise InputError(f"{path}: its weights lack {lost[0]}, or have it in another shape. Give a whole checkpoint.")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # as the Trainer will
     if factorization is None:
         return model
     if factorizations(model):

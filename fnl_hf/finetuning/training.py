@@ -1,14 +1,11 @@
-"""What the fine-tuning scripts do alike: train or resume."""
+"""The Trainer of the fine-tuning scripts, and what they set it up with."""
 
-import json
 import math
-from pathlib import Path
 
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ..factorization import factorizations
-from ..running import InputError, load, one_line, report
+from ..running import InputError
 from ..trainer import FNLTrainer
 from .arguments import FineTuningArguments
 
@@ -39,27 +36,3 @@ def set_max_steps(args: FineTuningArguments, rows: int) -> None:
     if not batches:
         raise InputError(f"{rows} rows are less than a batch of {args.train_batch_size}. Drop --dataloader_drop_last.")
     args.max_steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-
-
-def check_decay(args: FineTuningArguments, model: PreTrainedModel) -> None:
-    """Raises `InputError` if there is nothing for the Frobenius decay to decay."""
-    if args.frobenius_decay and not args.factorize_at and not factorizations(model):
-        raise InputError(
-            f"--frobenius_decay {args.frobenius_decay:g} decays factorizations, and the checkpoint is dense. Add "
-            "--factorize, or drop the decay."
-        )
-
-
-def load_finished(auto_class: type, checkpoint: Path, args: FineTuningArguments) -> PreTrainedModel:
-    """The model that training ended with: that of the last `checkpoint`, or with `load_best_model_at_end` the best."""
-    best = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")).get("best_model_checkpoint")
-    return load(auto_class, best if args.load_best_model_at_end and best else checkpoint)
-
-
-def train(trainer: FineTuner, checkpoint: Path | None, about: dict[str, float]) -> None:
-    """Train from the start or from `checkpoint`, save the model, and report metrics with `about`, those of the data."""
-    try:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
-    except FloatingPointError as error:  # a decay too strong for the learning rate
-        raise InputError(one_line(error)) from error
-    report(trainer, "train", metrics | about)

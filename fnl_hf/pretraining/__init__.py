@@ -3,7 +3,7 @@
 A side wing: beside transformers it uses the library's trainer, and nothing in the library imports it.
 """
 
-from .arguments import DataArguments, MLMArguments, ModelArguments, parse_arguments
+from .arguments import DataArguments, MLMArguments, ModelArguments, check_phases, parse_arguments
 from .demonstration import SENTENCES, shipped_file
 from .masking import FixedMasks, Masking
 from .model import new_model
@@ -24,6 +24,7 @@ __all__ = [
     "ModelArguments",
     "Run",
     "TokenStore",
+    "check_phases",
     "check_tokenizer",
     "corpus_files",
     "fingerprint",

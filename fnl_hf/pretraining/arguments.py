@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
-from ..running import InputError, one_line
+from ..running import InputError, check_arguments, one_line
 from ..training_arguments import FNLTrainingArguments
 from .model import MODEL_TYPES, SIZES
 from .tokenizer import TOKENIZER_TYPES
@@ -88,7 +88,10 @@ class MLMArguments(FNLTrainingArguments):
     """Training arguments with the defaults of the demonstration."""
 
     output_dir: str = field(default="runs/mlm", metadata={"help": "Where checkpoints and results go."})
-    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps; -1: train for num_train_epochs."})
+    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Passes over the text, in place of max_steps; 0: max_steps counts."}
+    )
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks of a batch."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Blocks of an evaluation batch."})
     fnl_optim: str | None = field(
@@ -112,6 +115,8 @@ class MLMArguments(FNLTrainingArguments):
     def __post_init__(self):
         if self.fnl_optim == "none":
             self.fnl_optim = None
+        if self.num_train_epochs > 0:
+            self.max_steps = -1
         super().__post_init__()
 
 
@@ -122,13 +127,17 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, MLMArguments]:
         model_args, data_args, args = parser.parse_args_into_dataclasses()
     except ValueError as error:
         raise InputError(one_line(error)) from error
+    check_arguments(args)
+    if args.fnl_optim and args.optim != MLMArguments.optim:
+        raise InputError(f"--optim {args.optim.value} and --fnl_optim {args.fnl_optim}. Add --fnl_optim none.")
+    for name in ("eval_strategy", "save_strategy"):
+        if getattr(args, name) == "epoch":
+            raise InputError(f"--{name} epoch: a run is one epoch to the Trainer. Give steps, or below 1 their share.")
     if unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
         raise InputError(
             f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
             f"{', '.join(model_args.attention)}, or change --attention."
         )
-    if args.frobenius_decay and not model_args.factorize:
-        raise InputError(f"--frobenius_decay {args.frobenius_decay} decays factorizations. Drop --no_factorize.")
     if data_args.validation_file and not data_args.train_file:
         raise InputError("--validation_file without --train_file. Give the text to train on.")
     if not 0 <= data_args.validation_split_percentage < 100:
@@ -140,10 +149,22 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, MLMArguments]:
         raise InputError(f"--mlm_probability {data_args.mlm_probability}: expected a share between 0 and 1.")
     if min(data_args.max_seq_length, data_args.phase2_seq_length) < 3:
         raise InputError("a block has a begin and an end. Give a --max_seq_length and --phase2_seq_length above 2.")
-    if not 0 <= data_args.phase2_steps <= args.max_steps and data_args.phase2_steps:
-        raise InputError(
-            f"--phase2_steps {data_args.phase2_steps} are some of --max_steps {args.max_steps}. Give fewer than those."
-        )
-    # a Run is in its order already, and its examples say where they stand
+    check_phases(data_args, args)
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise InputError(f"--max_steps {args.max_steps}: nothing to train. Give a number, or --num_train_epochs.")
+    if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
+        raise InputError(f"--max_eval_samples {data_args.max_eval_samples}: expected at least 1.")
+    if args.factorize_at and not model_args.factorize:
+        raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Drop --no_factorize.")
+    # a Run is in its order already, in whole batches, and its examples say where they stand; evaluation is of all
     args.train_sampling_strategy, args.remove_unused_columns = "sequential", False
+    args.dataloader_drop_last = False
     return model_args, data_args, args
+
+
+def check_phases(data_args: DataArguments, args: MLMArguments) -> None:
+    """Raises `InputError` if the second phase is longer than the run, as far as its steps are known."""
+    if data_args.phase2_steps < 0 or 0 < args.max_steps < data_args.phase2_steps:
+        raise InputError(
+            f"--phase2_steps {data_args.phase2_steps} are some of the {args.max_steps} steps. Give fewer than those."
+        )

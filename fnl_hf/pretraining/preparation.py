@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..running import InputError
 from .text import END
 
-_FORMAT = 1  # of the files below; raise it when they change
+_FORMAT = 2  # of the files below; raise it when they change
 _PIECE = 100_000  # characters that are tokenized at once: a tokenizer needs some 100 bytes a token
 _BATCH = 1_000_000  # characters of a batch of lines
 
@@ -115,10 +115,11 @@ def write_store(directory: Path, lines: Iterable[str | None], tokenizer: PreTrai
     directory.mkdir(parents=True)
     kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     separator = np.array([tokenizer.sep_token_id], kind)
+    blank = " " if _needs_blank(tokenizer) else ""
     ends, total, start = array.array("q"), 0, 0
     with open(directory / f"tokens.{kind.name}", "wb") as file:
         for batch in _batches(lines):
-            texts = [line for line in batch if line is not END]
+            texts = [blank + line for line in batch if line is not END]
             encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
             for line in batch:
                 if line is not END:
@@ -131,6 +132,15 @@ def write_store(directory: Path, lines: Iterable[str | None], tokenizer: PreTrai
                     total = start = total + 1
     np.save(directory / "ends.npy", np.array(ends, np.int64))
     return total
+
+
+def _needs_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a line's first word would be taken for the rest of the last word of the line before.
+
+    So it is with RoBERTa's tokenizer, in which the blank before a word is part of it, and a line begins with none.
+    """
+    alone, after_blank = (tokenizer.tokenize(text)[:1] for text in ("a", " a"))
+    return alone == ["a"] and after_blank == ["Ġa"]
 
 
 def _batches(lines: Iterable[str | None]) -> Iterator[list[str | None]]:

@@ -141,6 +141,11 @@ def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> list[bool]:
     fairseq's whole-word masking.
     """
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    if any(token.startswith(_BEGINS) for token in tokens):
-        return [token.startswith(_BEGINS) for token in tokens]
-    return [not token.startswith(_CONTINUES) for token in tokens]
+    begins, continues = ([token.startswith(marks) for token in tokens] for marks in (_BEGINS, _CONTINUES))
+    if not any(begins) and not any(continues):
+        raise InputError(
+            "--whole_word_mask: the tokenizer marks neither tokens that begin a word (Ġ, ▁) nor those that continue "
+            "one (##). Drop it."
+        )
+    # The signs of the other kind may be tokens too: a few of thousands
+    return begins if sum(begins) > sum(continues) else [not token for token in continues]

@@ -24,6 +24,7 @@ class MLMTrainer(FNLTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._chosen = None  # of the tokens of a batch, those that have a label
+        self._evaluated = self.eval_dataset
         # `DataParallel` cuts batches behind the hook's back; a model that is its own encoder has no place for one
         self._at_masks = self.args.head_at_masks and self.args.n_gpu <= 1 and self.model.base_model is not self.model
         if self._at_masks:
@@ -47,7 +48,7 @@ class MLMTrainer(FNLTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in `Trainer`; on several processes a `FixedMasks` dataset is filled up first."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated = dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, FixedMasks) and self.args.world_size > 1:
             dataset.fill_up(self.args.eval_batch_size * self.args.world_size)
         return super().get_eval_dataloader(eval_dataset)
@@ -55,10 +56,11 @@ class MLMTrainer(FNLTrainer):
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As in `Trainer`; the loss enters by its labels, against those of an average block."""
         loss, *outputs = super().prediction_step(model, inputs, *args, **kwargs)
-        if loss is not None and isinstance(self.eval_dataset, FixedMasks):
+        dataset = self._evaluated
+        if loss is not None and isinstance(dataset, FixedMasks):
             here = inputs["labels"].ne(-100).sum()
-            share = here * len(self.eval_dataset) / (self.eval_dataset.labels * len(inputs["labels"]))
-            loss = torch.nan_to_num(loss * share, nan=0.0)  # no labels: 0/0 times 0
+            share = here * len(dataset) / (dataset.labels * len(inputs["labels"]))
+            loss = torch.where(here == 0, 0.0, loss * share)  # the mean over no labels is 0/0
         return loss, *outputs
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..messages import say
 from .errors import InputError
-from .results import say
 
 
 def complete_checkpoints(output_dir: str | Path, like: PreTrainedConfig | None = None) -> list[Path]:
@@ -33,11 +33,12 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     again.
 
     Raises:
-        InputError: there is none, but there are other files, which a new run would mix with its own.
+        InputError: there is none, but there are other files, which a new run would mix with its own. Folders, such as
+            the Trainer's own logs, are not in its way.
     """
     if checkpoints := complete_checkpoints(output_dir):
         return checkpoints[-1]
-    others = sorted(path.name for path in Path(output_dir).glob("*") if not path.name.startswith("checkpoint-"))
+    others = sorted(path.name for path in Path(output_dir).glob("*") if path.is_file())
     if others:
         raise InputError(
             f"--output_dir {output_dir} holds {', '.join(others[:3])}, but no checkpoint to resume from. Give another "
@@ -75,13 +76,25 @@ def announce(checkpoint: Path | None, max_steps: int) -> bool:
     return finished
 
 
-def check_same_model(config: PreTrainedConfig, checkpoint: Path) -> None:
-    """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it."""
+def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool = False) -> None:
+    """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it.
+
+    Args:
+        switches: the run makes a dense model a factorized one on its way: a checkpoint may hold either.
+    """
     given = json.loads(config.to_json_string(use_diff=False))
     stored = _config(checkpoint)
+    kinds = ["factorized" if "quantization_config" in each else "dense" for each in (stored, given)]
+    if kinds[0] != kinds[1] and not switches:
+        raise InputError(
+            f"{checkpoint} is of a {kinds[0]} model, and this one is {kinds[1]}. Give the arguments that it was "
+            "trained with, or another --output_dir."
+        )
     # set by the Trainer
     unrelated = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
     unrelated |= {"bos_token_id", "eos_token_id"}
+    if given.get("pad_token_id") is None:
+        unrelated.add("pad_token_id")
     for name in sorted((given.keys() & stored.keys()) - unrelated):
         if given[name] != stored[name]:
             values = f" ({stored[name]}, not {given[name]})" if isinstance(given[name], (int, float, str)) else ""

@@ -9,6 +9,21 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..config import FNLConfig
 from .errors import InputError, one_line, parse_head_rank
 
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+
 
 class FactorizationArguments(Protocol):
     """What every script's model arguments say of a factorization."""
@@ -64,7 +79,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length
 
 def longest_input(config: PreTrainedConfig) -> int | None:
     """How many tokens the positions of a model allow; None where its config does not say."""
-    # RoBERTa counts positions from the padding token's id on
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    # RoBERTa and its kin count positions from the padding token's id on
+    offset = config.pad_token_id + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0
     longest = getattr(config, "max_position_embeddings", None)
-    return None if longest is None else longest - offset
+    return longest - offset if longest is not None and longest > 0 else None  # XLNet's is -1

@@ -12,12 +12,6 @@ import torch
 from transformers import Trainer
 
 
-def say(text: str) -> None:
-    """Print, where several processes train together on the first only."""
-    if os.environ.get("RANK", "0") == "0":  # as torchrun and accelerate set it, before they are connected
-        print(text, flush=True)
-
-
 def report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
     """Print metrics and write them to `<split>_results.json` and `all_results.json`."""
     trainer.log_metrics(split, metrics)

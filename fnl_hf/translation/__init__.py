@@ -4,7 +4,7 @@ A side wing: beside transformers it uses the library's training arguments, and n
 """
 
 from .arguments import DataArguments, ModelArguments, TranslationArguments, parse_arguments
-from .batching import TokenBatches, TokenBatchSampler
+from .batching import TokenBatches, TokenBatchSampler, steps_of_epochs
 from .corpus import Pair, read_split
 from .model import new_marian
 from .scoring import hub_metric, metric_scores, sacrebleu_score, translate
@@ -23,6 +23,7 @@ __all__ = [
     "parse_arguments",
     "read_split",
     "sacrebleu_score",
+    "steps_of_epochs",
     "train_tokenizer",
     "translate",
 ]

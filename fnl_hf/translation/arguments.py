@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
-from ..running import InputError, one_line
+from ..running import InputError, check_arguments, one_line
 from ..training_arguments import FNLSeq2SeqTrainingArguments
 
 
@@ -69,7 +69,10 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
 
     output_dir: str = field(default="runs/translation", metadata={"help": "Where checkpoints and results go."})
     max_tokens: int = field(default=1000, metadata={"help": "Tokens of a batch, a side, padding included."})
-    max_steps: int = field(default=2000, metadata={"help": "Optimizer steps; -1: train for num_train_epochs."})
+    max_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Passes over the corpus, in place of max_steps; 0: max_steps counts."}
+    )
     learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate at the end of the warmup."})
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=250, metadata={"help": "Steps of linear warmup."})
@@ -85,6 +88,11 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     )
     logging_steps: float = field(default=100, metadata={"help": "Steps between two lines of the log."})
 
+    def __post_init__(self):
+        if self.num_train_epochs > 0:
+            self.max_steps = -1
+        super().__post_init__()
+
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, TranslationArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
@@ -93,6 +101,11 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TranslationArgumen
         model_args, data_args, args = parser.parse_args_into_dataclasses()
     except ValueError as error:
         raise InputError(one_line(error)) from error
+    check_arguments(args)
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise InputError(f"--max_steps {args.max_steps}: nothing to train. Give a number, or --num_train_epochs.")
+    if args.load_best_model_at_end and args.average_checkpoints > 1:
+        raise InputError("--load_best_model_at_end is one checkpoint, not their mean. Add --average_checkpoints 1.")
     if data_args.source_lang == data_args.target_lang:
         raise InputError(f"--source_lang and --target_lang are both {data_args.source_lang!r}. Give two languages.")
     if unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
@@ -102,8 +115,6 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, TranslationArgumen
         )
     if args.average_checkpoints > 1 and args.save_strategy == "no":
         raise InputError("--save_strategy no leaves no checkpoints to average. Add --average_checkpoints 1.")
-    if args.frobenius_decay and not model_args.factorize:
-        raise InputError(f"--frobenius_decay {args.frobenius_decay} decays factorizations. Drop --no_factorize.")
     if args.factorize_at and not model_args.factorize:
         raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Drop --no_factorize.")
     return model_args, data_args, args

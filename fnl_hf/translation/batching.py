@@ -1,5 +1,6 @@
 """Batches bounded by tokens instead of sentences, with sentences of similar length together, and their Trainer hook."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -69,6 +70,18 @@ class TokenBatchSampler(BatchSampler):
         return self.num_batches
 
 
+def token_batches(dataset, args) -> TokenBatchSampler:
+    """The batches of a dataset with the columns `input_ids` and `labels`, by the sizes and seeds of `args`."""
+    lengths = [(len(ids), len(labels)) for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True)]
+    return TokenBatchSampler(lengths, args.max_tokens, args.seed if args.data_seed is None else args.data_seed)
+
+
+def steps_of_epochs(dataset, args) -> int:
+    """Optimizer steps of `args.num_train_epochs`, as the Trainer counts them."""
+    batches = math.ceil(len(token_batches(dataset, args)) / args.world_size)
+    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+
+
 class _Reshuffle(TrainerCallback):
     """Tells the sampler the epoch. The Trainer does so too, but cannot reach it through the two wrappers (shard and
     skip) of a run that is resumed on several processes."""
@@ -88,9 +101,7 @@ class TokenBatches:
 
     def get_train_dataloader(self) -> DataLoader:
         dataset, args = self.train_dataset, self.args
-        lengths = [(len(ids), len(labels)) for ids, labels in zip(dataset["input_ids"], dataset["labels"], strict=True)]
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = TokenBatchSampler(lengths, args.max_tokens, seed)
+        sampler = token_batches(dataset, args)
         self.remove_callback(_Reshuffle)  # of a previous call to train
         self.add_callback(_Reshuffle(sampler))
         return self.accelerator.prepare(

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..running import InputError, one_line
+from ..running import InputError, longest_input, one_line
 
 
 @torch.inference_mode()
@@ -22,7 +22,7 @@ def translate(
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[str]:
-    """Translations of `sentences`, in their order. Longer inputs are cut to `max_length` tokens.
+    """Translations of `sentences`, in their order. Inputs are cut to `max_length` tokens, or to what the model takes.
 
     The sentences are translated in batches of similar length. An output has at most `max_length` tokens, and at most
     twice as many as the longest input of its batch and ten more, so that one translation that does not end cannot
@@ -31,6 +31,7 @@ def translate(
     if not sentences:
         return []
     model.eval()
+    max_length = min(max_length, longest_input(model.config) or max_length)
     inputs = tokenizer(list(sentences), truncation=True, max_length=max_length)["input_ids"]
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
     translations = [""] * len(inputs)
