@@ -3,12 +3,14 @@
 import gzip
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -272,6 +274,36 @@ def test_pairs_with_words_as_labels_and_a_factorized_checkpoint(monkeypatch, tmp
     assert tuned.config.id2label == {0: "none", 1: "other", 2: "same"}
     products = fnl_hf.factorizations(tuned)
     assert len(products) == 4 and products[0].factors()[0].shape[-1] == int(16 * float(head_rank))
+
+
+def test_a_classifier_of_other_classes_and_a_broken_checkpoint(monkeypatch, tmp_path, bert, reviews, pairs, capsys):
+    pytest.importorskip("sklearn")
+    three = {"model_name_or_path": bert, "train_file": pairs, "max_steps": 1, "output_dir": tmp_path / "three"}
+    run(monkeypatch, **three)
+    two = {"train_file": reviews, "validation_file": reviews, "max_steps": 1, "output_dir": tmp_path / "two"}
+    run(monkeypatch, **two, model_name_or_path=tmp_path / "three")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "two").config.num_labels == 2
+
+    weights = load_file(bert / "model.safetensors")
+    shutil.copytree(bert, tmp_path / "broken")
+    lost = next(name for name in weights if "encoder.layer" in name)
+    del weights[lost]
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    options = TINY | two | {"model_name_or_path": tmp_path / "broken", "output_dir": tmp_path / "none"}
+    error = refusal(monkeypatch, capsys, "run_classification.py", **options)
+    assert f"its weights lack {lost}" in error and not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_without_a_padding_token_is_run_again(monkeypatch, tmp_path, bert, reviews, capsys):
+    """The Trainer writes the tokenizer's into the config."""
+    pytest.importorskip("sklearn")
+    shutil.copytree(bert, tmp_path / "bert")
+    config = json.loads((bert / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    options = {"model_name_or_path": tmp_path / "bert", "train_file": reviews, "max_steps": 1}
+    run(monkeypatch, **options, output_dir=tmp_path / "out")
+    run(monkeypatch, **options, output_dir=tmp_path / "out")
+    assert "training is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("factorize", ["false", "true"])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import fnl_hf
 from fnl_hf.pretraining import (
@@ -40,7 +41,7 @@ from fnl_hf.pretraining.model import MODEL_TYPES, SIZES
 from fnl_hf.pretraining.preparation import write_store
 from fnl_hf.pretraining.text import END, bounded_lines
 from fnl_hf.pretraining.tokenizer import word_beginnings
-from fnl_hf.running import InputError, longest_input
+from fnl_hf.running import InputError, last_complete_checkpoint, longest_input
 from tests.script_runs import kill_and_repeat, refusal, run_on_two_processes, run_script, same_weights, stopped_before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,6 +228,16 @@ def test_word_beginnings(tokenizer):
         assert tok.convert_ids_to_tokens(ids) == tokens and [word_beginnings(tok)[i] for i in ids] == expected
 
 
+def test_word_beginnings_are_told_by_most_of_the_vocabulary(tokenizer):
+    odd = train_tokenizer(lambda: [*TEXT, "▁▂ Ġgant"], "wordpiece", 70)  # signs of the other kind in a text
+    assert any(token.startswith(("▁", "Ġ")) for token in odd.get_vocab())
+    ids = odd.convert_tokens_to_ids(["s", "##a", "##t"])
+    assert [word_beginnings(odd)[i] for i in ids] == [True, False, False]
+    plain = Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1}, unk_token="[UNK]"))
+    with pytest.raises(InputError, match="--whole_word_mask: the tokenizer marks neither"):
+        word_beginnings(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]"))
+
+
 # -- stores and blocks ----------------------------------------------------------------------------------
 
 
@@ -238,6 +249,15 @@ def test_a_store_holds_every_document_and_its_separator(tmp_path, tokenizer):
     second = tokenizer("no log.", add_special_tokens=False)["input_ids"]
     assert store.tokens.tolist() == [*first, sep, *second, sep] and store.tokens.dtype == np.uint16
     assert store.ends.tolist() == [len(first), len(first) + 1 + len(second)]
+
+
+def test_words_of_two_lines_stay_two_words(tmp_path):
+    """RoBERTa's tokenizer, unlike ours, takes a line's first word for the rest of the word before."""
+    roberta = train_tokenizer(lambda: TEXT, "bpe", 300)
+    roberta.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert roberta.tokenize("a") == ["a"] and roberta.tokenize(" a") == ["Ġa"]
+    store = store_of(tmp_path / "store", ["a cat", "a dog", END], roberta)
+    assert store.tokens[:-1].tolist() == roberta(" a cat a dog", add_special_tokens=False)["input_ids"]
 
 
 def test_long_lines_are_tokenized_in_pieces_without_a_seam(tmp_path, tokenizer, monkeypatch):
@@ -407,6 +427,13 @@ def test_validation_masks_are_fixed_and_its_loss_is_the_mean_over_labels(tmp_pat
             fixed.fill_up(multiple)
             assert len(fixed) % multiple == 0
             assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    other = FixedMasks(fixed.blocks, tokenizer, limit=3)
+    batch = {name: torch.stack([example[name] for example in other]) for name in other[0]}
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+    assert trainer.evaluate(other)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    torch.nn.init.constant_(model.cls.predictions.bias, torch.nan)
+    assert math.isnan(trainer.evaluate()["eval_loss"])  # a run that diverged is no perfect one
 
 
 # -- models and their trainer ---------------------------------------------------------------------------
@@ -566,6 +593,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path, corpus, o
     assert same_weights(out, tmp_path / "whole")
 
 
+def test_a_finished_run_keeps_its_best_model(monkeypatch, tmp_path, corpus):
+    options = {"train_file": corpus, "output_dir": tmp_path / "out", "max_steps": 6, "warmup_steps": 0}
+    options |= {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "load_best_model_at_end": True}
+    options |= {"learning_rate": 0.5, "save_total_limit": 5}  # so that the first is the best
+    run(monkeypatch, **options)
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-2")
+    assert same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-2")
+    run(monkeypatch, **options)
+    assert same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-2")
+
+
 def test_continuing_a_checkpoint_and_epochs(monkeypatch, tmp_path, corpus, capsys):
     tokenizer = train_tokenizer(lambda: TEXT, "bpe", 300, token_types=False)
     model = new_model("roberta", "tiny", tokenizer, dropout=0.0)
@@ -594,8 +633,18 @@ def test_a_run_resumes_with_its_own_tokenizer_and_not_as_another_model(monkeypat
     vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     run(monkeypatch, **options, vocab_size=100, max_steps=3)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
+    dense = TINY | options | {"factorize": False, "max_steps": 4}
+    assert "of a factorized model, and this one is dense" in refusal(monkeypatch, capsys, "run_mlm.py", **dense)
     error = refusal(monkeypatch, capsys, "run_mlm.py", **TINY, **options, dropout=0.2, max_steps=4)
     assert "another attention_dropout (0.0, not 0.2)" in error
+
+
+def test_folders_of_logs_are_not_in_the_way_of_a_run(tmp_path):
+    (tmp_path / "runs").mkdir()
+    assert last_complete_checkpoint(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds config.json, but no checkpoint"):
+        last_complete_checkpoint(tmp_path)
 
 
 def make_bad_inputs(folder: Path) -> None:
@@ -628,6 +677,15 @@ def make_bad_inputs(folder: Path) -> None:
         ({"mlm_probability": 0}, "--mlm_probability 0"),
         ({"max_seq_length": 2}, "above 2"),
         ({"phase2_steps": 9}, "--phase2_steps 9"),
+        ({"max_steps": 0}, "nothing to train"),
+        ({"max_eval_samples": 0}, "--max_eval_samples 0"),
+        ({"optim": "sgd"}, "--optim sgd and --fnl_optim lamb. Add --fnl_optim none"),
+        ({"save_strategy": "epoch"}, "--save_strategy epoch: a run is one epoch"),
+        ({"resume_from_checkpoint": "x"}, "--resume_from_checkpoint: a run resumes from the last"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size: the steps"),
+        ({"save_only_model": True}, "--save_only_model: a run resumes"),
+        ({"factorize": False, "frobenius_decay": 0.1}, "the model is dense. Add --factorize"),
+        ({"factorize": False, "factorize_at": 0.5}, "Drop --no_factorize"),
         (
             {"train_file": "good.txt", "tokenizer_type": "bpe"},
             "--vocab_size 200: special tokens and alphabet alone are 261",

@@ -517,6 +517,16 @@ def test_best_spans_are_the_best_of_all():
         assert [score for score, _ in got] == pytest.approx([score for score, _ in every[:n_best]])
 
 
+@pytest.mark.parametrize("version_2", [False, True])
+def test_blanks_are_no_answer(version_2):
+    """Offsets as byte-level tokenizers give them, with a token of blanks alone."""
+    asked = [Question("a", "q", "Rome \n\n Paris", ("Paris",))]
+    window = Window(0, 0, 1, np.array([[0, 4], [4, 7], [7, 13]], np.int32))
+    scores = np.array([[0.0, 1, 5, 2, 0]])  # highest at the blanks
+    predictions = predict_answers(asked, [window], scores, scores, version_2=version_2)
+    assert predictions.answers["a"].strip() and (not version_2 or predictions.null_odds["a"] < 0)
+
+
 def logits(length: int, **peaks) -> tuple[np.ndarray, np.ndarray]:
     values = np.zeros((2, length), np.float32)
     for name, (position, value) in peaks.items():

@@ -15,6 +15,7 @@ from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
+import fnl_hf
 from fnl_hf.running import InputError, average_checkpoints_, is_finished, last_complete_checkpoint
 from fnl_hf.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
 from fnl_hf.translation import corpus as corpora
@@ -374,6 +375,26 @@ def test_own_files_and_fine_tuning(monkeypatch, tmp_path, tokenizer, shipped):
     assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
 
 
+def test_more_epochs_go_on_and_a_factorized_checkpoint_stays_so(monkeypatch, tmp_path, capsys):
+    options = {"max_train_samples": 60, "max_eval_samples": 2, "save_steps": 100, "average_checkpoints": 1}
+    run(monkeypatch, **options, num_train_epochs=1, head_rank=2, output_dir=tmp_path / "out")
+    first = json.loads((tmp_path / "out" / "all_results.json").read_text())["epoch"]
+    run(monkeypatch, **options, num_train_epochs=2, head_rank=2, output_dir=tmp_path / "out")
+    assert "training resumes there" in capsys.readouterr().out
+    assert first == 1 and json.loads((tmp_path / "out" / "all_results.json").read_text())["epoch"] == 2
+    more = {"model_name_or_path": tmp_path / "out", "max_steps": 1, "frobenius_decay": 0.01}
+    run(monkeypatch, **options, **more, output_dir=tmp_path / "more")
+    assert "is factorized already" in capsys.readouterr().out
+    products = fnl_hf.factorizations(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "more"))
+    assert {product.factors()[0].shape[-1] for product in products} == {2}
+
+
+def test_no_sentence_is_too_long_to_translate(tokenizer):
+    model = new_marian(tokenizer, **SMALL | {"max_length": 12}, dropout=0.0)
+    [translation] = translate(model, tokenizer, ["Ich habe keine Zeit. " * 9], num_beams=2, progress=False)
+    assert isinstance(translation, str)
+
+
 @pytest.mark.parametrize("head_rank", ["1.0", "0.5"])
 def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path, head_rank):
     """Stopped in its second epoch, with a checkpoint half-written, and resumed: bit for bit the same weights."""
@@ -417,6 +438,9 @@ def test_kill_9_and_the_same_command_again(tmp_path):
         ({"heads": 3}, "divisible"),
         ({"frobenius_decay_kinds": "ov", "attention": "qk"}, "ov: not a kind that is factorized"),
         ({"save_strategy": "no"}, "Add --average_checkpoints 1"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 100}, "Add --average_checkpoints 1"),
+        ({"max_steps": 0}, "nothing to train"),
+        ({"factorize": False, "frobenius_decay": 0.1}, "the model is dense. Add --factorize"),
         ({"model_name_or_path": "nowhere"}, "nowhere: "),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
         ({"max_tokens": 10}, "Raise --max_tokens"),

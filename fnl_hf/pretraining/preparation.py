@@ -119,7 +119,7 @@ def write_store(directory: Path, lines: Iterable[str | None], tokenizer: PreTrai
     ends, total, start = array.array("q"), 0, 0
     with open(directory / f"tokens.{kind.name}", "wb") as file:
         for batch in _batches(lines):
-            texts = [blank + line for line in batch if line is not END]
+            texts = [line if line.startswith(" ") else blank + line for line in batch if line is not END]
             encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
             for line in batch:
                 if line is not END:
