@@ -260,7 +260,8 @@ def main() -> None:
     trainer.save_model()
     if validation is not None:
         metrics = trainer.evaluate()
-        metrics |= {"eval_perplexity": math.exp(metrics["eval_loss"]), "eval_labels": validation.labels}
+        perplexity = math.exp(min(metrics["eval_loss"], 700))  # beyond, floats end
+        metrics |= {"eval_perplexity": perplexity, "eval_labels": validation.labels}
         report(trainer, "eval", metrics)
     report(trainer, "run", resources_used(started))
     if trainer.is_world_process_zero() and data_args.train_file is None:

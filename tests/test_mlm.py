@@ -273,12 +273,11 @@ def test_blocks_are_full_or_respect_documents(tmp_path, tokenizer):
     store = store_of(tmp_path / "store", [TEXT[0], END, TEXT[1], END, TEXT[0], TEXT[2], END], tokenizer)
     tokens = np.asarray(store.tokens)
     full = Blocks(store, 8, tokenizer)
-    assert len(full) == len(tokens) // 6 and not full.padded
+    assert len(full) == len(tokens) // 6
     assert np.array_equal(np.concatenate([block[1:-1] for block in full]), tokens[: len(full) * 6])
     assert all(block[0] == tokenizer.cls_token_id and block[-1] == tokenizer.sep_token_id for block in full)
 
     own = Blocks(store, 8, tokenizer, respect_documents=True)
-    assert own.padded
     assert np.array_equal(
         np.concatenate([block[1:-1] for block in own]), tokens[tokens != tokenizer.sep_token_id]
     )  # nothing is lost

@@ -50,11 +50,6 @@ class Blocks(Sequence):
                 "--max_seq_length and --phase2_seq_length."
             )
 
-    @property
-    def padded(self) -> bool:
-        """Whether blocks may be shorter than `length`."""
-        return self.documents is not None
-
     def __len__(self) -> int:
         if self.documents is None:
             return (self.end - self.start) // self.room

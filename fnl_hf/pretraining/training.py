@@ -87,7 +87,7 @@ def predict_masked(
     model.eval()
     logits = model(**inputs).logits[0, masks]  # (masks, vocabulary)
     logits[:, tokenizer.all_special_ids] = -torch.inf
-    likeliest = logits.float().softmax(-1).topk(top)
+    likeliest = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
     return [
         [(tokenizer.decode([token]).strip(), probability) for token, probability in zip(tokens, row, strict=True)]
         for tokens, row in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
