@@ -18,7 +18,8 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Masked language model to continue with, and its tokenizer."}
     )
-    # From scratch. ModernBERT by default: in so short a run BERT, with absolute positions, learns little but word frequencies
+    # From scratch. ModernBERT by default: in so short a run BERT, with absolute positions, learns few things but word
+    # frequencies
     model_type: str = field(default="modernbert", metadata={"help": "Architecture.", "choices": MODEL_TYPES})
     size: str = field(default="tiny", metadata={"help": "Layers and width.", "choices": tuple(SIZES)})
     # None by default, for short runs; BERT, RoBERTa and ELECTRA were published with 0.1, ModernBERT with none
