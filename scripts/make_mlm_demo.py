@@ -9,12 +9,11 @@ ATTRIBUTION.md beside them.
 import argparse
 import lzma
 import os
-import sys
 from pathlib import Path
 
 import fnl_hf.pretraining
 from fnl_hf.pretraining.text import bounded_lines
-from fnl_hf.running import InputError
+from fnl_hf.running import run_main
 
 
 def paragraphs(path: str) -> list[str]:
@@ -51,8 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

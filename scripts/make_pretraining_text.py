@@ -12,12 +12,11 @@ contexts are in neither.
 
 import argparse
 import json
-import sys
 import tarfile
 from pathlib import Path
 
 from fnl_hf.finetuning.squad import read_squad
-from fnl_hf.running import InputError, open_text, write_json, write_text
+from fnl_hf.running import InputError, one_line, open_text, run_main, write_json, write_text
 
 
 def main() -> None:
@@ -32,11 +31,14 @@ def main() -> None:
 
     text = args.output_dir / "text"
     text.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(args.novels) as archive:
-        for member in archive:
-            if member.isfile() and member.name.endswith(".txt"):
-                novel = archive.extractfile(member).read().decode("utf-8").replace("\r\n", "\n")
-                write_text(text / Path(member.name).name, novel)
+    try:
+        with tarfile.open(args.novels) as archive:
+            for member in archive:
+                if member.isfile() and member.name.endswith(".txt"):
+                    novel = archive.extractfile(member).read().decode("utf-8").replace("\r\n", "\n")
+                    write_text(text / Path(member.name).name, novel)
+    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+        raise InputError(f"{args.novels}: not a readable archive of UTF-8 texts ({one_line(error)}).") from error
     with open_text(args.wikitext) as lines:
         write_text(text / "wikitext2.txt", lines.read())
     contexts = dict.fromkeys(question.context for question in read_squad(args.squad).questions)
@@ -51,8 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -10,11 +10,10 @@ import argparse
 import lzma
 import os
 import random
-import sys
 from pathlib import Path
 
 import fnl_hf.translation
-from fnl_hf.running import InputError, read_lines
+from fnl_hf.running import InputError, read_lines, run_main
 from fnl_hf.translation.corpus import SPLITS, is_clean, normalize, one_to_one, sample_splits
 
 
@@ -57,8 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -32,7 +32,6 @@ Evaluate what is fine-tuned already:
 two classes eval_f1, that of the second one.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -76,6 +75,7 @@ from fnl_hf.running import (
     one_line_errors,
     report,
     resources_used,
+    run_main,
     say,
     train,
     write_text,
@@ -210,8 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -76,6 +76,7 @@ from fnl_hf.running import (
     one_line_errors,
     report,
     resources_used,
+    run_main,
     say,
     train,
 )
@@ -269,8 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

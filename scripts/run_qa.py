@@ -68,6 +68,7 @@ from fnl_hf.running import (
     one_line_errors,
     report,
     resources_used,
+    run_main,
     say,
     train,
     write_json,
@@ -218,8 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

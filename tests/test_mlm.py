@@ -7,6 +7,7 @@ import lzma
 import math
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,31 @@ def test_the_demo_script_rebuilds_the_same_files(monkeypatch, tmp_path):
 
 
 # -- reading --------------------------------------------------------------------------------------------
+
+
+def test_the_text_of_the_comparison_is_made_from_archives(monkeypatch, tmp_path, capsys):
+    (tmp_path / "Novel_1900.txt").write_bytes(b"One line.\r\nAnother.\r\n")
+    with tarfile.open(tmp_path / "novels.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "Novel_1900.txt", "novels/Novel_1900.txt")
+    (tmp_path / "wiki.txt.xz").write_bytes(lzma.compress(b" = Title = \n"))
+    answer = {"text": "cat", "answer_start": 4}
+    articles = [
+        {"paragraphs": [{"context": "The cat\nsat.", "qas": [{"id": f"{i}", "question": "Who?", "answers": [answer]}]}]}
+        for i in range(5)
+    ]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": articles}))
+    sources = {"novels": tmp_path / "novels.tar.xz", "wikitext": tmp_path / "wiki.txt.xz"}
+    sources |= {"squad": tmp_path / "squad.json", "squad_dev": tmp_path / "squad.json"}
+    run_script(monkeypatch, "make_pretraining_text.py", **sources, output_dir=tmp_path / "data")
+    texts = {path.name: path.read_bytes() for path in (tmp_path / "data" / "text").iterdir()}
+    assert texts == {
+        "Novel_1900.txt": b"One line.\nAnother.\n",
+        "squad_contexts.txt": b"The cat sat.\n",  # once, on a line
+        "wikitext2.txt": b" = Title = \n",
+    }
+    assert json.loads((tmp_path / "data" / "squad_dev.json").read_text())["data"] == [articles[0], articles[4]]
+    broken = sources | {"novels": tmp_path / "squad.json", "output_dir": tmp_path / "none"}
+    assert "not a readable archive" in refusal(monkeypatch, capsys, "make_pretraining_text.py", **broken)
 
 
 def write_all_kinds(folder: Path, texts: list[str]) -> list[Path]:

@@ -12,7 +12,7 @@ from .checkpoints import (
     is_finished,
     last_complete_checkpoint,
 )
-from .errors import InputError, one_line, parse_head_rank
+from .errors import InputError, one_line, parse_head_rank, run_main
 from .models import check_fit, load, longest_input, make_config
 from .results import report, resources_used, write_json, write_text
 from .text import open_text, read_lines
@@ -40,6 +40,7 @@ __all__ = [
     "read_lines",
     "report",
     "resources_used",
+    "run_main",
     "say",
     "train",
     "write_json",
