@@ -48,6 +48,15 @@ def test_the_figures_are_those_of_the_results():
         when = "from the start" if at is None else f"after {float(at):.0%} of the steps".replace("%", " %")
         mean = sum(bleu.values()) / len(bleu)
         assert f"| {rank:g} | {when} | {bleu[42]:.2f} | {bleu[1]:.2f} | {mean:.2f} |" in text
+    variants = json.loads((RESULTS / "bert_mini_cpu.json").read_text())["variants"]
+    columns = (("pretrain", "eval_loss", 1, ".3f"), ("squad", "eval_f1", 1, ".2f"))
+    columns += (("squad", "eval_exact_match", 1, ".2f"), ("sst2", "eval_accuracy", 100, ".1f"))
+    for variant in variants.values():
+        cells = [
+            " / ".join(format(scale * value, form) for _, value in sorted(variant[stage]["metrics"][metric].items()))
+            for stage, metric, scale, form in columns
+        ]
+        assert f"| {variant['parameters']:,} | {' | '.join(cells)} |" in text
     rows = json.loads((RESULTS / "attention_coverage.json").read_text()).values()
     attention = [row for row in rows if row.get("executed")]
     clean = [row for row in attention if not row["wrong"] and not row["missed"]]
