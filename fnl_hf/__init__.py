@@ -3,28 +3,35 @@
 from . import loading
 from .config import FNLConfig
 from .decay import frobenius_decay_
-from .factorization import Factorization, HeadProduct, factorizations
+from .factorization import Declares, Factorization, FactorLeaf, factorizations
+from .heads import HeadProduct
 from .normalization import ImposeNorms, RecordNorms
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
+from .plan import Candidate, Target, register_family
 from .trainer import FNLSeq2SeqTrainer, FNLTrainer
 from .training_arguments import FNLSeq2SeqTrainingArguments, FNLTrainingArguments
 
 __all__ = [
+    "Candidate",
+    "Declares",
     "FNLConfig",
     "FNLSeq2SeqTrainer",
     "FNLSeq2SeqTrainingArguments",
     "FNLTrainer",
     "FNLTrainingArguments",
+    "FactorLeaf",
     "Factorization",
     "HeadProduct",
     "ImposeNorms",
     "RecordNorms",
     "Summary",
+    "Target",
     "factorizations",
     "factorize",
     "frobenius_decay_",
     "loading",
+    "register_family",
     "summary",
     "to_dense",
     "verify",

@@ -18,8 +18,9 @@ from .algebra import chain
 from .config import ATTENTION_KINDS, INITIALIZATIONS, FNLConfig
 from .factorization import factorizations
 from .loading import written_whole
-from .overview import Summary, attached, summary
+from .overview import Summary, summary
 from .patching import factorize, to_dense
+from .plan import attached
 
 EXAMPLES = """examples:
   fnl-hf factorize my-bert my-bert-half --head_rank 0.5

@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
-INITIALIZATIONS = ("spectral", "default")
+INITIALIZATIONS = ("spectral", "default")  # the functions are in `initialization`
+CALIBRATED = frozenset()  # those of them that look at data
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,8 @@ class FNLConfig(QuantizationConfigMixin):
             name replaces `head_rank` there.
         init: "spectral": balanced factors of each product (the best ones of lower rank). "default": the factors that
             the model has; at lower rank the leading rows of each head.
-        plan: The resolved products, written by `factorize` and read when a checkpoint is loaded. Not for users.
+        plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
+            checkpoint is loaded. Not for users.
         format_version: Of the plan.
 
     Raises:
@@ -92,17 +94,9 @@ class FNLConfig(QuantizationConfigMixin):
         return getattr(self, name, default)
 
     def head_rank_of(self, name: str, head_dim: int) -> int:
-        """The rank of the heads of the attention module ``name``, whose heads are ``head_dim`` wide.
-
-        Raises:
-            ValueError: An integer rank above ``head_dim``.
-        """
+        """The rank asked for in the attention module ``name``, whose heads are ``head_dim`` wide; it may be above that."""
         rank = next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, name)), self.head_rank)
-        if isinstance(rank, float):
-            return max(1, int(rank * head_dim))
-        if rank > head_dim:
-            raise ValueError(f"{name}: head rank {rank} is above its head_dim {head_dim}; give at most {head_dim}")
-        return rank
+        return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -1,104 +1,21 @@
 """A factorization: views of live parameters × a form of the algebra.
 
-Modules *declare* factorizations (``HeadProduct`` here, low-rank layers above); ``factorizations(model)`` asks them.
-A declaration holds names, never parameters or sibling modules, so that ``.to()``, ``deepcopy``, loading, resizing,
-PEFT and FSDP may replace parameters at will; what is handed out is resolved afresh at every call.
+Modules *declare* factorizations (`Declares`); ``factorizations(model)`` asks them. A declaration holds names, never
+parameters or sibling modules, so that ``.to()``, ``deepcopy``, loading, resizing, PEFT and FSDP may replace parameters
+at will; what is handed out is resolved afresh at every call.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.pytorch_utils import Conv1D
 
-from .algebra import chain, rotary
-
-
-@dataclass(frozen=True)
-class HeadSlice:
-    """Which entries of a weight are the heads of one projection, and how to read them as a batch of matrices.
-
-    The split features (``axis``: "out" rows of q, k, v; "in" columns of o) are ``repeats`` equal periods; inside each,
-    ``prod(heads)`` heads of ``width`` features start at ``offset``. That covers a plain projection (one period, offset
-    0), fused blocks [q, k, v] (one period, three offsets), heads interleaved in a fused weight (one period per head)
-    and grouped heads (``heads = (groups, heads per group)``, ``(groups, 1)`` for the shared side).
-
-    Attributes:
-        weight, bias: parameter names below the declaring module, such as "self.query.weight".
-        transposed: True for a Conv1D weight, which is stored (in, out).
-        bias_width: features per head of a bias that is a parameter of the attention module itself, of this projection
-            alone; it keeps that width when the heads get narrower. None for the bias of the weight's own leaf.
-    """
-
-    weight: str
-    bias: str | None
-    axis: str
-    heads: tuple[int, ...]
-    width: int
-    repeats: int = 1
-    offset: int = 0
-    transposed: bool = False
-    bias_width: int | None = None
-
-    def read(self, weight: Tensor) -> Tensor:
-        """A tensor shaped like the weight as (*batch, width, in) for axis "out", (*batch, out, width) for "in"."""
-        matrix = weight.mT if self.transposed else weight.flatten(1)  # (out, in); flatten: a 1x1 convolution
-        if self.axis == "in":
-            return self._split(matrix, -1).movedim(0, -2)
-        return self._split(matrix, 0)
-
-    def read_bias(self, bias: Tensor) -> Tensor:
-        """A tensor shaped like the bias, (out,), as (*batch, width)."""
-        if self.bias_width is None:
-            return self._split(bias, 0)
-        return bias.unflatten(0, (*self.batch, self.bias_width)).narrow(-1, 0, self.width)
-
-    def _split(self, tensor: Tensor, dim: int) -> Tensor:
-        features = prod(self.heads) * self.width
-        # A lone period is no batch dimension of its own, unless it is the only one.
-        if self.repeats == 1 and self.heads:
-            return tensor.narrow(dim, self.offset, features).unflatten(dim, (*self.heads, self.width))
-        periods = tensor.unflatten(dim, (self.repeats, -1))
-        dim = dim if dim < 0 else dim + 1
-        return periods.narrow(dim, self.offset, features).unflatten(dim, (*self.heads, self.width))
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The batch dimensions of what it reads."""
-        return self.heads if self.repeats == 1 and self.heads else (self.repeats, *self.heads)
-
-    @property
-    def size(self) -> int:
-        """How many heads it reads."""
-        return self.repeats * prod(self.heads)
-
-
-@dataclass(frozen=True)
-class RotaryLayout:
-    """Which features of a head are rotated, and which two make a plane.
-
-    ``dim`` features from ``start`` on, in ``chunks`` equal parts; inside a part feature p is paired with p + half of
-    it, or, ``interleaved``, 2p with 2p + 1. The features outside are unrotated; they are a prefix or a suffix.
-    """
-
-    start: int
-    dim: int
-    interleaved: bool = False
-    chunks: int = 1
-
-    def planes(self, heads: Tensor) -> Tensor:
-        """(*batch, width, d) as (*batch, chunks, planes, 2, d)."""
-        rotated = heads.narrow(-2, self.start, self.dim)
-        if self.interleaved:
-            return rotated.unflatten(-2, (self.chunks, -1, 2))
-        return rotated.unflatten(-2, (self.chunks, 2, -1)).transpose(-3, -2)
-
-    def rest(self, heads: Tensor) -> Tensor:
-        """(*batch, width, d) as its unrotated features, (*batch, width - dim, d)."""
-        width = heads.shape[-2]
-        return heads.narrow(-2, 0 if self.start else self.dim, width - self.dim)
+from .algebra import Form
 
 
 @dataclass(frozen=True)
@@ -144,14 +61,32 @@ class Factorization:
     Attributes:
         name: dotted name of the declaring module in the model, e.g. "bert.encoder.layer.0.attention.self.qk".
         kind: "qk", "rotary-qk", "ov", …
-        form: the module of ``fnl_hf.algebra`` that knows norm, decay gradient and balance of such factors.
+        form: what knows norm, decay gradient and balance of such factors, a form of ``fnl_hf.algebra``.
         views: the factors, in the order in which the form takes them.
+        full_rank: the rank that the dense model has in its place; None where nobody says.
+        layout: how it lies in the model, in a word for the summary.
     """
 
     name: str
     kind: str
-    form: ModuleType
+    form: Form
     views: tuple[View, ...]
+    full_rank: int | None = None
+    layout: str = ""
+
+    @property
+    def family(self) -> str:
+        """The kind as users select it: "qk" includes its rotary form."""
+        return self.kind.rpartition("-")[2]
+
+    @property
+    def lone(self) -> bool:
+        """Whether it is a weight by itself, which has no factors yet."""
+        return len(self.views) == 1
+
+    def size(self) -> tuple[int, int]:
+        """(how many matrices, or heads; their rank)."""
+        return self.form.size(self.tensors())
 
     def tensors(self) -> list[Tensor]:
         """The factors as strided views of the parameters, as the form takes them (batches broadcast in a group)."""
@@ -197,78 +132,91 @@ class Factorization:
         return [(view, g) for view, g in zip(self.views, gradients, strict=True) if view.parameter.requires_grad]
 
 
-class HeadProduct(nn.Module):
-    """Declares that two projections of an attention module form a product per head. No parameters, no forward.
+# -- where they are found ----------------------------------------------------------------------------
 
-    It sits on the common ancestor of both projections, named "qk" or "ov", so ``print(model)`` shows it and
-    ``state_dict`` does not.
+
+class Declares(ABC):
+    """Mixin of a module that declares a factorization: all that ``factorizations`` looks for.
+
+    It may be the layer that holds the factors, or a module without parameters and forward beside the layers that do,
+    shown by ``print(model)`` and absent from ``state_dict``.
     """
 
-    def __init__(self, kind: str, left: HeadSlice, right: HeadSlice, head_dim: int, rotary: RotaryLayout | None = None):
-        super().__init__()
-        self.kind, self.left, self.right, self.head_dim, self.rotary = kind, left, right, head_dim, rotary
-        self.wide: dict[str, int] = {}  # attributes of the owner that a compact layout changed, as they were
-
+    @abstractmethod
     def factorization(self, name: str, parent: nn.Module) -> Factorization:
-        """The product as it stands now in ``parent``, the module that holds this declaration."""
-        if self.rotary is None:
-            # Q_hᵀ K_h reads Q's rows transposed; O_h V_h reads O's columns as they are.
-            across = (lambda heads: heads.mT) if self.left.axis == "out" else None
-            views = [self._view(parent, self.left, across, -2), self._view(parent, self.right, None, -1)]
-            return Factorization(name, self.kind, chain, tuple(views))
-        views = [self._view(parent, side, self.rotary.planes, -1) for side in (self.left, self.right)]
-        if self.rotary.dim < self.left.width:
-            rest = self.rotary.rest
-            views.append(self._view(parent, self.left, lambda heads: rest(heads).mT, -2, self.rotary.dim))
-            views.append(self._view(parent, self.right, rest, -1, self.rotary.dim))
-        return Factorization(name, self.kind, rotary, tuple(views))
+        """The factorization as it stands now.
 
-    @staticmethod
-    def _view(
-        parent: nn.Module, side: HeadSlice, then: Callable[[Tensor], Tensor] | None, outer: int, after: int = 0
-    ) -> View:
-        then = then or (lambda heads: heads)
-        weight, bias = _parameter(parent, side.weight), None
-        if side.bias and side.axis == "out":
-            bias = _parameter(parent, side.bias)
-        read_bias = lambda b: then(side.read_bias(b)[..., None])  # noqa: E731
-        return View(weight, lambda w: then(side.read(w)), outer, bias, read_bias, side.offset + after)
+        Args:
+            name: dotted name of this module in the model.
+            parent: the module that holds this one, below which a declaration finds what it names.
+        """
 
-    def extra_repr(self) -> str:
-        heads = f"{self.left.size} heads"
-        if self.right.size != self.left.size:
-            heads += f" in {self.right.size} groups"
-        rank = "" if self.left.width == self.head_dim else f" of {self.head_dim}"
-        rotated = "" if self.rotary is None else f", {self.rotary.dim} features rotated"
-        return f"{self.left.weight} x {self.right.weight}, {heads}, rank {self.left.width}{rank}{rotated}"
+    def withdraw(self, parent: nn.Module) -> None:  # noqa: B027
+        """Undo what installing it changed in ``parent``, beside leaves: called by ``to_dense`` before it is removed."""
+
+
+class FactorLeaf(nn.Module):
+    """A layer that took the place of an ordinary one and stores factors: all that ``to_dense`` looks for.
+
+    Attributes:
+        compact: it presents its own widths to the model, and not those of the ordinary layer; an adapter of it is as
+            narrow as it is, and merges like any other.
+    """
+
+    compact = False
+
+    def __new__(cls, *args, **kwargs):  # copies and unpickled leaves come this way too
+        _guard_merges()
+        return super().__new__(cls)
+
+    def dense(self) -> nn.Module:
+        """The ordinary layer of the same function."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to make it dense")
 
 
 def factorizations(model: nn.Module) -> list[Factorization]:
-    """Every factorization of a model, in module order; products that share all their parameters are one.
+    """Every factorization of a model, in module order; those that share all their parameters are one.
 
     Returns:
         Ephemeral views of the model as it is now: call again after anything replaced parameters.
     """
-    return list(_unique(_declared(model)))
+    found, seen = [], set()
+    for each in declared(model):
+        # Tied weights are one factorization, whatever their modules are: decayed once.
+        key = tuple(sorted((id(view.parameter), view.offset) for view in each.views))
+        if key not in seen:
+            seen.add(key)
+            found.append(each)
+    return found
 
 
-def _declared(model: nn.Module) -> Iterator[Factorization]:
+def declared(model: nn.Module) -> Iterator[Factorization]:
+    """The factorization of every declaration, in module order, those that share parameters each for itself."""
     for name, module in model.named_modules():
-        if isinstance(module, HeadProduct):
+        if isinstance(module, Declares):
             yield module.factorization(name, model.get_submodule(name.rpartition(".")[0]))
 
 
-def _unique(products: Iterator[Factorization]) -> Iterator[Factorization]:
-    """Tied weights are one factorization, decayed once."""
-    seen = set()
-    for product in products:
-        key = (product.kind, *((id(view.parameter), view.offset) for view in product.views))
-        if key not in seen:
-            seen.add(key)
-            yield product
+def parameter_counts(model: nn.Module, products: Sequence[Factorization]) -> tuple[int, int]:
+    """(entries of the parameters that factorizations cover, of all parameters of the model)."""
+    covered = {parameter for product in products for parameter in product.parameters()}
+    return sum(p.numel() for p in covered), sum(p.numel() for p in model.parameters())
 
 
-def _parameter(parent: nn.Module, path: str) -> nn.Parameter:
+def is_factorized(model: nn.Module) -> bool:
+    """Whether anything in a model declares a factorization or stores factors."""
+    return any(isinstance(module, (Declares, FactorLeaf)) for module in model.modules())
+
+
+def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each replacement wherever its original stands in the model: a shared leaf stays shared."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+def parameter_below(parent: nn.Module, path: str) -> nn.Parameter:
     """The parameter at a dotted path, seen through PEFT's wrapping of a layer (``base_layer``)."""
     *steps, attribute = path.split(".")
     module = parent
@@ -276,3 +224,30 @@ def _parameter(parent: nn.Module, path: str) -> nn.Parameter:
         module = getattr(module, step)
         module = getattr(module, "base_layer", module)
     return getattr(module, attribute)
+
+
+# -- adapters ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _guard_merges() -> None:
+    """Watch, once in a process and from its first factor leaf on, what wraps such leaves."""
+    register_module_module_registration_hook(_guard_merge)
+
+
+def _guard_merge(wrapper: nn.Module, name: str, leaf: nn.Module) -> None:
+    """PEFT merges by writing into ``base_layer.weight``; a wrapper of a factor leaf gets a merge that says why not."""
+    if name != "base_layer":
+        return
+    if isinstance(leaf, FactorLeaf) and not leaf.compact:
+        wrapper.merge = _refuse_merge
+    elif vars(wrapper).get("merge") is _refuse_merge:
+        del wrapper.merge  # `to_dense` put the ordinary leaf in its place
+        wrapper.fan_in_fan_out = isinstance(leaf, Conv1D)  # how PEFT lays out what it merges
+
+
+def _refuse_merge(*args, **kwargs):
+    raise ValueError(
+        "an adapter cannot be merged into a factor of reduced rank, which has no room for it: call "
+        "fnl_hf.to_dense(model) first, or keep the adapter unmerged"
+    )

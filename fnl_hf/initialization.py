@@ -1,32 +1,40 @@
-"""Named initialisations of a factorization: (its form, its factors, a rank) -> factors.
+"""Named initialisations of a factorization: (its form, its factors, a rank, sides) -> factors.
 
 Factors come as ``Factorization.augmented`` gives them, biases appended, and go back through ``Factorization.write``.
-An initialisation is one function; a new one is one more entry here.
+``sides`` are second moments of what multiplies each factor, as ``calibration.moments`` gives them, or None for an
+initialisation that does not look at data. An initialisation is one function; a new one is one more entry here and its
+name in `config`.
 """
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .algebra import Form
 from .factorization import Factorization
 
+Sides = Sequence[Tensor | None] | None
+Initialization = Callable[[Form, Sequence[Tensor], int, Sides], Sequence[Tensor]]
 
-def spectral(form: ModuleType, factors: Sequence[Tensor], rank: int) -> Sequence[Tensor]:
-    """Balanced factors of the best approximation of rank ``rank``: the same product at full rank (METHODS 1.1)."""
+
+def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
+    """Balanced factors of the best approximation of rank ``rank``: the same product at full rank.
+
+    With W = A Σ Bᵀ they are A_r Σ_r^½ and Σ_r^½ B_rᵀ: spectral initialisation (Khodak et al., ICLR 2021).
+    """
     return form.balance(factors, rank)
 
 
-def default(form: ModuleType, factors: Sequence[Tensor], rank: int) -> Sequence[Tensor]:
+def default(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
     """The factors that the model has; at lower rank the leading ones of each head."""
     return form.leading(factors, rank)
 
 
-INITIALIZATIONS = {"spectral": spectral, "default": default}
+INITIALIZATIONS: dict[str, Initialization] = {"spectral": spectral, "default": default}
 
 
 @torch.no_grad()
-def initial_factors(product: Factorization, rank: int, init: str) -> Sequence[Tensor]:
+def initial_factors(product: Factorization, rank: int, init: str, sides: Sides = None) -> Sequence[Tensor]:
     """New factors of a factorization by a named initialisation, biases appended."""
-    return INITIALIZATIONS[init](product.form, product.augmented(), rank)
+    return INITIALIZATIONS[init](product.form, product.augmented(), rank, sides)

@@ -11,7 +11,7 @@ Trainer from working, are taken off once it is loaded. Only ``config.quantizatio
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +23,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 
-from .config import ATTENTION_KINDS, FNLConfig
-from .heads import Product, install
+from .config import FNLConfig
 from .messages import say
-from .patching import attach, factorize, save_under_own_names
-
-# A key of the checkpoint -> its name in the model, or None where the weight is put together from several.
-Renaming = Callable[[str], str | None]
-
-RESTORE = "restore the config.json that was saved with these weights"
+from .patching import factorize, install
+from .plan import RESTORE, Plan, Renaming
+from .saving import save_under_own_names
 
 register_quantization_config("fnl")(FNLConfig)
 # from_pretrained asks these for get_loading_attributes() before it drops a config in favour of the stored one, and
@@ -84,11 +80,10 @@ class FNLQuantizer(HfQuantizer):
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
         rename = _renaming(model)
         stored = {rename(key): (key, shape) for key, shape in _stored_shapes(checkpoint_files).items()}
-        products = _placed(_planned(self.quantization_config), model, rename, stored)
-        install(model, products)
-        self.names = _parameter_names(model, products)
+        plan = _placed(Plan.of(self.quantization_config), model, rename, stored)
+        install(model, self.quantization_config, plan)
+        self.names = _parameter_names(model, plan)
         _check_shapes(model, self.names, stored)
-        attach(model, self.quantization_config, products, self.quantization_config.plan.get("skipped", []))
         self.quantization_config = model.config.quantization_config
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
@@ -155,114 +150,36 @@ def _unresolved(config: FNLConfig) -> FNLConfig:
     return replace(config, plan=None, format_version=FNLConfig.format_version)
 
 
-def _planned(config: FNLConfig) -> list[Product]:
-    """The products of a stored plan."""
-    entries = (config.plan or {}).get("products") if isinstance(config.plan or {}, dict) else None
-    if not isinstance(entries, list):
-        raise ValueError(f"quantization_config.plan in config.json holds no list of products: {RESTORE}")
-    products = []
-    for i, entry in enumerate(entries):
-        try:
-            product = Product.from_dict(entry)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"quantization_config.plan.products[{i}] cannot be read ({error!r}): {RESTORE}") from None
-        if flaw := _flaw(product):
-            raise ValueError(f"quantization_config.plan.products[{i}] ({product.name}): {flaw}; {RESTORE}")
-        products.append(product)
-    return products
+def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) -> Plan:
+    """The targets named as in this model, which may be the base of the saved one, have a head over it, or be newer.
 
-
-def _flaw(product: Product) -> str | None:
-    """What is wrong with a product as it was read, if anything."""
-    known = (*ATTENTION_KINDS, "rotary-qk")
-    if product.kind not in known:
-        return f"kind is {product.kind!r}, expected one of {known}"
-    if (product.kind == "rotary-qk") != (product.rotary is not None):
-        return f"kind is {product.kind!r}, rotary is {product.rotary!r}"
-    for side in (product.left, product.right):
-        sizes = (*side.heads, side.width, side.repeats, side.offset + 1)
-        if not all(type(size) is int and size > 0 for size in sizes) or side.axis not in ("in", "out"):
-            return f"{side} makes no sense"
-    if not all(type(size) is int and size > 0 for size in (product.compact or {}).values()):
-        return f"compact is {product.compact!r}, expected whole numbers"
-    if type(product.rank) is not int or not 1 <= product.rank <= product.left.width:
-        return f"rank is {product.rank!r}, expected an int in 1..{product.left.width}"
-    return None
-
-
-def _placed(products: list[Product], model: PreTrainedModel, rename: Renaming, stored: dict) -> list[Product]:
-    """The products named as in this model, which may be the base of the saved one, have a head over it, or be newer.
-
-    A class that holds only a part of the saved model, as transformers can load it, gets the products of that part.
+    A class that holds only a part of the saved model, as transformers can load it, gets the targets of that part.
     """
     placed, elsewhere = [], []
-    for product in products:
-        here = next((p for p in (product, _renamed(product, rename)) if p and _fits(p, model)), None)
+    for target in plan.targets:
+        here = next((t for t in (target, target.renamed(rename)) if t and t.flaw(model) is None), None)
         if here is not None:
             placed.append(here)
             continue
-        weight = _name(product, product.left.weight)
         same_class = type(model).__name__ in (model.config.architectures or [])
-        if same_class or rename(weight) not in stored:
-            raise ValueError(
-                f"quantization_config.plan names {product.name}, but {type(model).__name__} has no {weight} whose "
-                f"features are split like that: {RESTORE}"
-            )
-        elsewhere.append(product.name)
-    if products and not placed:
+        if same_class or rename(target.parameters()[0]) not in stored:
+            lack = f"{type(model).__name__} {target.flaw(model)}"
+            raise ValueError(f"quantization_config.plan names {target.name}, but {lack}: {RESTORE}")
+        elsewhere.append(target.name)
+    if plan.targets and not placed:
         raise ValueError(f"{type(model).__name__} holds none of the products of this checkpoint: {_listed(elsewhere)}")
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
-    return placed
+    return replace(plan, targets=tuple(placed))
 
 
-def _renamed(product: Product, rename: Renaming) -> Product | None:
-    """A product under the names that its weights get in the model; its owner is their nearest common ancestor."""
-    paths = [path for side in (product.left, product.right) for path in (side.weight, side.bias) if path]
-    names = {path: rename(_name(product, path)) for path in paths}
-    if None in names.values():
-        return None
-    # The owner is no leaf: what ends in "leaf.weight" is at least two steps below it.
-    parents = [
-        names[side.weight].split(".")[: -min(2, len(side.weight.split(".")))] for side in (product.left, product.right)
-    ]
-    owner = ".".join(os.path.commonprefix(parents))
-    local = {path: name[len(owner) + 1 :] if owner else name for path, name in names.items()}
-    left, right = (
-        replace(side, weight=local[side.weight], bias=side.bias and local[side.bias])
-        for side in (product.left, product.right)
-    )
-    return replace(product, owner=owner, left=left, right=right)
-
-
-def _fits(product: Product, model: nn.Module) -> bool:
-    """Whether both weights are there, with features enough for their heads, and the sizes that compact heads change."""
-    for side in (product.left, product.right):
-        try:
-            weight = model.get_parameter(_name(product, side.weight))
-            if side.bias:
-                model.get_parameter(_name(product, side.bias))
-        except AttributeError:
-            return False
-        features = weight.shape[(side.axis == "in") != side.transposed]
-        end = side.offset + side.size // side.repeats * side.width
-        if features % side.repeats or end > features // side.repeats:
-            return False
-    owner = model.get_submodule(product.owner)
-    return all(type(getattr(owner, name, None)) is int for name in product.compact or {})
-
-
-def _name(product: Product, path: str) -> str:
-    return f"{product.owner}.{path}" if product.owner else path
-
-
-def _parameter_names(model: nn.Module, products: list[Product]) -> list[str]:
-    """Every parameter of the leaves that hold a product, each once."""
-    leaves = dict.fromkeys(product.leaf(side) for product in products for side in (product.left, product.right))
+def _parameter_names(model: nn.Module, plan: Plan) -> list[str]:
+    """Every parameter of the layers that hold a product, each once."""
+    layers = dict.fromkeys(path.rpartition(".")[0] for target in plan.targets for path in target.parameters())
     return [
-        f"{leaf}.{name}".removeprefix(".")
-        for leaf in leaves
-        for name, _ in model.get_submodule(leaf).named_parameters()
+        f"{layer}.{name}".removeprefix(".")
+        for layer in layers
+        for name, _ in model.get_submodule(layer).named_parameters()
     ]
 
 

@@ -1,22 +1,15 @@
-"""`summary`: the table of what is factorized, what is not, and why; and the trainer's, of what is decayed how."""
+"""`summary`: the table of what is factorized, what is not, and why."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
-from torch.optim import Optimizer
 
 from .config import FNLConfig
-from .factorization import Factorization, HeadProduct, factorizations
-from .heads import Product
-from .planning import KEPT, plan
-
-
-def attached(model: nn.Module) -> FNLConfig | None:
-    """The config with its plan that ``factorize`` or loading left on a model, if it is factorized."""
-    stored = getattr(getattr(model, "config", model), "quantization_config", None)
-    return stored if isinstance(stored, FNLConfig) else None
+from .factorization import factorizations, parameter_counts
+from .messages import aligned
+from .plan import FAMILIES, Plan, attached, headline
+from .planning import plan
 
 
 @dataclass(frozen=True)
@@ -31,17 +24,8 @@ class Summary:
 
     def headline(self) -> str:
         """One line: how many products of which kind, what they cover, how much was skipped."""
-        kinds = {
-            kind: [row for row in self.rows if row["kind"] == kind]
-            for kind in dict.fromkeys(r["kind"] for r in self.rows)
-        }
-        parts = []
-        for kind, rows in kinds.items():
-            ranks = sorted({row["rank"] for row in rows})
-            span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
-            parts.append(f"{sum(row['heads'] for row in rows)} {kind} in {len(rows)} modules ({span})")
-        line = f"fnl_hf: factorized {', '.join(parts)}; {self.covered:,} of {self.parameters:,} parameters"
-        return line + (f"; {len(self.skipped)} skipped, see fnl_hf.summary(model)" if self.skipped else "")
+        sizes = [(row["kind"], row["heads"], row["rank"]) for row in self.rows]
+        return headline(sizes, self.covered, self.parameters, len(self.skipped))
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -53,7 +37,7 @@ class Summary:
             (r["name"], r["kind"], str(r["heads"]), f"{r['rank']}/{r['head_dim']}", r["shapes"], f"{r['parameters']:,}")
             for r in self.rows
         ]
-        lines = [_aligned([head, *table]), *self.notes]
+        lines = [aligned([head, *table]), *self.notes]
         lines += [f"skipped {s['name']} {s['kind']}: {s['reason']}" for s in self.skipped]
         return "\n".join([*lines, self.headline() if self.rows else "not factorized"])
 
@@ -61,68 +45,26 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """The table of a factorized model; for a dense one, which attention would be skipped, and why."""
-    rows = []
-    declarations = {
-        f"{name}.{child_name}" if name else child_name: child
-        for name, module in model.named_modules()
-        for child_name, child in module.named_children()
-        if isinstance(child, HeadProduct)
-    }
+    """The table of a factorized model; for a dense one, what would be skipped, and why."""
     products, stored = factorizations(model), attached(model)
-    planned = [Product.from_dict(entry) for entry in stored.plan["products"]] if stored else []
-    layouts = {product.name: "compact" for product in planned if product.compact is not None}
+    rows = []
     for product in products:
-        declaration, tensors = declarations[product.name], product.factors()
+        (heads, rank), tensors = product.size(), product.factors()
         rows.append(
             {
                 "name": product.name,
                 "kind": product.kind,
-                "heads": declaration.left.size,
-                "rank": declaration.left.width,
-                "head_dim": declaration.head_dim,
-                "layout": layouts.get(product.name, "padded"),
+                "heads": heads,
+                "rank": rank,
+                "head_dim": product.full_rank or rank,
+                "layout": product.layout,
                 "shapes": " x ".join(str(tuple(tensor.shape)) for tensor in tensors),
                 "parameters": sum(tensor.numel() for tensor in tensors),
             }
         )
-    skipped = stored.plan["skipped"] if stored else plan(model, FNLConfig())[1]
-    covered = {parameter for product in products for parameter in product.parameters()}
-    sizes = [sum(parameter.numel() for parameter in some) for some in (covered, model.parameters())]
-    full = [row["kind"] for row in rows if row["rank"] == row["head_dim"]]
+    planned = Plan.of(stored) if stored else Plan((), plan(model, FNLConfig()).skipped)
     notes = []
-    if stored is not None and stored.head_rank != 1.0 and full:
-        notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
-    if stored is not None and stored.head_layout == "compact":
-        padded = sum(row["layout"] == "padded" for row in rows)
-        notes.append(f"{len(rows) - padded} products are compact, {padded} padded: not proven equal at a smaller width")
-    return Summary(rows, skipped, *sizes, notes)
-
-
-def decay_table(
-    model: nn.Module, optimizer: Optimizer, products: Sequence[Factorization], mode: str, coefficient: str
-) -> str:
-    """What the optimizer decays how: a row per coefficient of L2 decay and per kind of product."""
-    covered = {p for product in products for p in product.parameters() if p.requires_grad}
-    l2: dict[float, list] = {}
-    for group in optimizer.param_groups:
-        l2.setdefault(group.get("weight_decay") or 0.0, []).extend(p for p in group["params"] if p not in covered)
-    rows = [("L2", f"{decay:g}", "", l2[decay]) for decay in sorted(l2, reverse=True) if decay]
-    for kind in dict.fromkeys(product.kind for product in products):
-        some = [product for product in products if product.kind == kind]
-        trained = dict.fromkeys(p for product in some for p in product.parameters() if p.requires_grad)
-        rows.append((f"Frobenius, {mode}", coefficient, f"{len(some)} {kind}", list(trained)))
-    rows.append(("none", "", "", l2.get(0.0, [])))
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    still = sum(all(not p.requires_grad for p in product.parameters()) for product in factorizations(model))
-    if frozen:
-        rows.append(("frozen", "", f"{still} skipped" if still else "", frozen))
-    table = [("decay", "coefficient", "products", "tensors", "parameters")]
-    table += [(*row[:3], str(len(row[3])), f"{sum(p.numel() for p in row[3]):,}") for row in rows]
-    return "fnl_hf: what is decayed\n" + _aligned(table)
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
-    return "\n".join(line.rstrip() for line in lines)
+    for family in FAMILIES.values() if stored else ():
+        kinds = {target.kind for target in planned.targets if type(target) is family.target}
+        notes += family.target.notes(stored, [product for product in products if product.kind in kinds])
+    return Summary(rows, [asdict(skip) for skip in planned.skipped], *parameter_counts(model, products), notes)

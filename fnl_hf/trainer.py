@@ -14,8 +14,7 @@ from .measure import gradient_norms, measurements
 from .messages import say
 from .normalization import ImposeNorms
 from .optim import NAG, Lamb
-from .overview import decay_table
-from .patching import own_names
+from .saving import own_names
 from .training_arguments import SCHEDULES, FNLArguments
 from .warm_start import WarmStartMixin
 
@@ -120,7 +119,7 @@ class FNLTrainerMixin(WarmStartMixin):
             optimizer.register_step_pre_hook(
                 lambda optimizer, *_: decay_step(self._decayed_products(), optimizer, self._coefficient_now())
             )
-        say(decay_table(self.model, optimizer, products, mode, self._decay_in_words()))
+        say("fnl_hf: what is decayed")
         if self._waits_for_switch:
             say(f"fnl_hf: the model stays dense until factorize_at = {self.args.factorize_at}")
 

@@ -25,10 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .config import FNLConfig
 from .factorization import Factorization, factorizations
-from .heads import Product, install
-from .overview import attached
-from .patching import attach, factorize
-from .planning import as_declared, nothing_found, plan
+from .patching import factorize, install
+from .plan import Plan, Target, attached
+from .planning import nothing_found, plan
 
 # Names of what optimizers keep per parameter, by its power of the gradient
 _MOMENTS = {
@@ -100,7 +99,7 @@ class WarmStart(TrainerCallback, ExportableState):
     def _settled(self, args, state, model) -> bool:
         if self.at != STABLE or state.global_step % max(1, state.max_steps // _CHECKS):
             return False
-        before, self.stable_ranks = self.stable_ranks, [stable_rank(as_found(model, t)) for t in self.targets]
+        before, self.stable_ranks = self.stable_ranks, [stable_rank(t.found(model)) for t in self.targets]
         if before is None:
             return False
         settled = all(abs(new - old) < _SETTLED * old for old, new in zip(before, self.stable_ranks, strict=True))
@@ -127,21 +126,16 @@ def parse_switch(at: str) -> tuple[int | None, float]:
     return step, fraction
 
 
-def targets(model: nn.Module, config: FNLConfig) -> list[Product]:
+def targets(model: nn.Module, config: FNLConfig) -> tuple[Target, ...]:
     """What ``factorize`` will make of a dense model.
 
     Raises:
         ValueError: Nothing, or a config that does not fit: as ``factorize`` raises.
     """
-    products, skipped = plan(model, config)
-    if not products:
-        raise ValueError(nothing_found(model, config, skipped))
-    return products
-
-
-def as_found(model: nn.Module, product: Product) -> Factorization:
-    """A planned product in the dense model."""
-    return as_declared(product).factorization(product.name, model.get_submodule(product.owner))
+    planned = plan(model, config)
+    if not planned.targets:
+        raise ValueError(nothing_found(model, config, planned))
+    return planned.targets
 
 
 @torch.no_grad()
@@ -153,9 +147,7 @@ def stable_rank(product: Factorization) -> float:
 
 def restore_structure(model: nn.Module, stored: FNLConfig) -> None:
     """Give a dense model the factors of a stored plan; their values are still to be loaded."""
-    products = [Product.from_dict(entry) for entry in stored.plan["products"]]
-    install(model, products)
-    attach(model, stored, products, stored.plan["skipped"])
+    install(model, stored, Plan.of(stored))
 
 
 @torch.no_grad()
@@ -171,7 +163,7 @@ def switch(model: nn.Module, config: FNLConfig, state: Mapping[str, dict]) -> di
     dense = dict(model.named_parameters())
     before = {}
     for target in targets(model, config):
-        product = as_found(model, target)
+        product = target.found(model)
         before[target.name] = product.views, [factor.clone() for factor in product.augmented()]
     factorize(model, config)
     moves = [(*before[product.name], product) for product in factorizations(model)]

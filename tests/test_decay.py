@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.decay import decay_step, decay_terms
-from fnl_hf.factorization import HeadProduct, HeadSlice
+from fnl_hf.heads import HeadProduct, HeadSlice
 from fnl_hf.optim import NAG, Lamb
 from tests.families import BERT, FAMILIES, build
 

@@ -9,10 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import fnl_hf
-from fnl_hf.attention import find_attention
-from fnl_hf.factorization import HeadProduct
+from fnl_hf.heads import find_attention
 from fnl_hf.planning import plan
-from fnl_hf.probe import Recording
+from fnl_hf.proof import Recording
 from tests.families import FAMILIES, build, output
 
 
@@ -38,13 +37,11 @@ def test_the_probe_finds_every_product_exact_and_a_wrong_one_not(family):
     model, inputs = build(family)
     proof = fnl_hf.verify(model, **inputs)
     assert proof and len(proof.verdicts) == 2 * FAMILIES[family][3]
-    products, _ = plan(model, fnl_hf.FNLConfig())
-    wrong = products[-1]
+    wrong = plan(model, fnl_hf.FNLConfig()).targets[-1]
     shifted = replace(wrong.right, heads=(wrong.right.heads[0] // 2,), width=wrong.right.width * 2)
     left = replace(wrong.left, heads=shifted.heads, width=shifted.width)
-    verdict = Recording(model, inputs, {wrong.owner}).verdict(
-        wrong.owner, wrong.name, HeadProduct(wrong.kind, left, shifted, shifted.width)
-    )
+    found = replace(wrong, left=left, right=shifted).found
+    verdict = Recording(model, inputs, {wrong.owner}).verdict(wrong.name, wrong.kind, found)
     assert not verdict.exact and verdict.change > 1e-4
 
 
@@ -66,8 +63,7 @@ def test_full_rank_keeps_the_function(family):
 
 def truncate_densely(model, rank_of):
     """Each product replaced by the best rank r of its bias-augmented dense matrix, written at full width."""
-    products, _ = plan(model, fnl_hf.FNLConfig())
-    for product in products:
+    for product in plan(model, fnl_hf.FNLConfig()).targets:
         owner = model.get_submodule(product.owner)
         rank, sides = rank_of(product.left.width), []
         for side in (product.left, product.right):

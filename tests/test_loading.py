@@ -126,7 +126,7 @@ def test_restores_structure_and_weights(family, layout, shard, tmp_path, monkeyp
     model, inputs = factorized(family, fnl_hf.FNLConfig(head_rank=0.5, head_layout=layout))
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    monkeypatch.setattr(fnl_hf.planning, "find_attention", None)  # loading never searches
+    monkeypatch.setattr(fnl_hf.heads.find, "find_attention", None)  # loading never searches
     loaded = tf.AutoModel.from_pretrained(tmp_path)
     assert repr(loaded) == repr(model)
     assert loaded.config.quantization_config == model.config.quantization_config
@@ -220,7 +220,7 @@ def test_a_plan_with_the_names_of_an_older_transformers(config, tmp_path):
         return name
 
     def edit(quantization):
-        for product in quantization["plan"]["products"]:
+        for product in quantization["plan"]["targets"]:
             for side in (product["left"], product["right"]):
                 for field in ("weight", "bias"):
                     if side[field]:
@@ -347,26 +347,26 @@ def test_the_private_parts_of_transformers_that_loading_leans_on(tmp_path):
 
 
 def first(plan, **changes):
-    plan["plan"]["products"][0].update(changes)
+    plan["plan"]["targets"][0].update(changes)
 
 
 DAMAGED = {
     "wrong rank": (lambda q: first(q, rank=2), r"stored as \(16, 32\), the plan .* makes it \(8, 32\)"),
-    "rank too high": (lambda q: first(q, rank=9), r"products\[0\] \(encoder.*\): rank is 9, expected an int in 1\.\.8"),
+    "rank too high": (lambda q: first(q, rank=9), r"targets\[0\] \(encoder.*\): rank is 9, expected an int in 1\.\.8"),
     "rank no int": (lambda q: first(q, rank=0.5), "rank is 0.5, expected an int"),
-    "unknown leaf": (lambda q: first(q, owner="encoder.layer.9"), "names encoder.layer.9.qk, but BertModel has no"),
+    "unknown leaf": (lambda q: first(q, name="encoder.layer.9.qk"), "names encoder.layer.9.qk, but BertModel has no"),
     "unknown kind": (lambda q: first(q, kind="qq"), "kind is 'qq', expected one of"),
-    "other heads": (lambda q: q["plan"]["products"][0]["left"].update(heads=[5]), "whose features are split like that"),
-    "no width": (lambda q: q["plan"]["products"][0]["left"].pop("width"), r"products\[0\] cannot be read.*width"),
-    "odd width": (lambda q: q["plan"]["products"][0]["left"].update(width="8"), "makes no sense"),
+    "other heads": (lambda q: q["plan"]["targets"][0]["left"].update(heads=[5]), "whose features are split like that"),
+    "no width": (lambda q: q["plan"]["targets"][0]["left"].pop("width"), r"targets\[0\] cannot be read.*width"),
+    "odd width": (lambda q: q["plan"]["targets"][0]["left"].update(width="8"), "makes no sense"),
     "odd compact": (lambda q: first(q, compact={"forward": "x"}), "compact is .*, expected whole numbers"),
     "unknown compact": (lambda q: first(q, compact={"forward": 4}), "whose features are split like that"),
-    "no products": (lambda q: q["plan"].pop("products"), "holds no list of products"),
-    "no plan": (lambda q: q.update(plan=None), "plan in config.json holds no list of products"),
-    "product dropped": (lambda q: q["plan"]["products"].pop(0), "ignore_mismatched_sizes|in a shape that"),
+    "no targets": (lambda q: q["plan"].pop("targets"), "holds no list of targets"),
+    "no plan": (lambda q: q.update(plan=None), "plan in config.json holds no list of targets"),
+    "target dropped": (lambda q: q["plan"]["targets"].pop(0), "ignore_mismatched_sizes|in a shape that"),
     "unknown init": (lambda q: q.update(init="svd"), "init is 'svd', expected one of"),
     "unknown field": (lambda q: q.update(headrank=2), "does not know headrank"),
-    "newer format": (lambda q: q.update(format_version=2, novelty=1), "has format_version 2, .* upgrade fnl_hf"),
+    "newer format": (lambda q: q.update(format_version=3, novelty=1), "has format_version 3, .* upgrade fnl_hf"),
 }  # fmt: skip
 
 
@@ -643,7 +643,9 @@ def test_any_config_saves_loads_and_densifies(config, family, dtype, tmp_path_fa
     model.save_pretrained(directory)
     loaded = tf.AutoModel.from_pretrained(directory, dtype="auto")
     assert repr(loaded) == repr(model) and loaded.config.quantization_config == model.config.quantization_config
-    assert torch.equal(output(loaded, inputs), expected)
+    # Weights that lie elsewhere in memory may be multiplied in another order.
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert relative(output(loaded, inputs), expected) < torch.finfo(dtype).eps * 10
     dense = fnl_hf.to_dense(loaded)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float64: 1e-12}[dtype]
     assert relative(output(dense, inputs), expected) < tolerance

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import fnl_hf
 from fnl_hf.algebra import rotary
-from fnl_hf.factorization import HeadProduct, HeadSlice, RotaryLayout
+from fnl_hf.heads import HeadProduct, HeadSlice, RotaryLayout
 from tests.families import output
 
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 2]])}

@@ -9,19 +9,17 @@ float64, so that a probe costs milliseconds and tells rounding from a wrong layo
 
 import copy
 import inspect
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .factorization import Factorization, HeadProduct
-from .heads import Product, install
+from .factorization import Factorization
 
 TOLERANCE = 5e-5  # of the change that the one-sided control makes; wrong layouts have shown 1.4e-4 and more
-COMPACT_TOLERANCE = 1e-6  # of the outputs' norm, between padded and compact heads
 REACH = 3  # how far above a product's owner the module may be whose call is replayed
 UNREACHED = "these inputs do not reach it: pass verify=example inputs that do"
 
@@ -76,53 +74,41 @@ class Recording:
         ancestors = {name for owner in owners for name in _lineage(owner)}
         self._calls = _record(model, inputs, ancestors)
 
-    def verdict(self, owner: str, name: str, declaration: HeadProduct) -> Verdict:
-        """Probe one product of the recorded model, declared (or to be declared) in the module ``owner``."""
-        executed = next((ancestor for ancestor in _lineage(owner)[:REACH] if ancestor in self._calls), None)
+    def verdict(self, name: str, kind: str, found: Callable[[nn.Module], Factorization]) -> Verdict:
+        """Probe one product of the recorded model.
+
+        Args:
+            name: where it is, or will be, declared.
+            found: the product in a model of the same names: ``target.found``, say.
+        """
+        executed = self.executed_above(name.rpartition(".")[0])
         if executed is None:
-            return Verdict(name, declaration.kind, None, None, UNREACHED)
+            return Verdict(name, kind, None, None, UNREACHED)
         try:
             module, reference = self._replica(executed)
-            below = owner.removeprefix(executed).removeprefix(".")
-            product = declaration.factorization(name, module.get_submodule(below))
-            change = self._moved(executed, module, reference, product, 2)
+            product = found(_rooted(executed, module))
+            change = self._moved(executed, module, reference, product, ("left", "right"))
             # A large change is a refutation whatever the control says; the control costs another replay.
-            control = 1.0 if change > 1e-2 else self._moved(executed, module, reference, product, 1)
+            control = 1.0 if change > 1e-2 else self._moved(executed, module, reference, product, ("left",))
         except Exception as error:  # any user model may stand here; what it raised is the reason to report
-            return Verdict(name, declaration.kind, None, None, f"its module does not replay alone: {error}")
-        return Verdict(name, declaration.kind, change, control, None if control else UNREACHED)
+            return Verdict(name, kind, None, None, f"its module does not replay alone: {error}")
+        return Verdict(name, kind, change, control, None if control else UNREACHED)
 
-    def compact_attributes(self, qk: Product, ov: Product) -> dict[str, int] | None:
-        """Attributes of ``qk.owner`` with which really narrower heads give what padded ones give, or None.
+    def executed_above(self, owner: str) -> str | None:
+        """The nearest module at or above ``owner`` that was called in the recorded forward, if one is near."""
+        return next((ancestor for ancestor in _lineage(owner)[:REACH] if ancestor in self._calls), None)
 
-        The width of a head stands under several names, and some classes compute their scale from it: what is tried
-        counts only if the replayed outputs agree.
-        """
-        name = next((ancestor for ancestor in _lineage(ov.owner)[:REACH] if ancestor in self._calls), None)
-        if name is None:
-            return None
-        try:
-            padded = copy.deepcopy(self._model.get_submodule(name)).double().requires_grad_(False)
-            qk, ov = (replace(p, owner=p.owner.removeprefix(name).removeprefix(".")) for p in (qk, ov))
-            dense = copy.deepcopy(padded)
-            install(padded, [qk, ov])
-            reference = self._run(name, padded)
-            for attributes in _narrow_attributes(dense.get_submodule(qk.owner), qk):
-                module = copy.deepcopy(dense)
-                install(module, [replace(qk, compact=attributes), replace(ov, compact={})])
-                if self._agrees(name, module, reference):
-                    return attributes
-        except Exception:  # any user model may stand here, and padded heads are always right
-            return None
-        return None
+    def copied(self, name: str) -> nn.Module:
+        """An executed module as it stands, in float64, to be changed and replayed."""
+        return copy.deepcopy(self._model.get_submodule(name)).double().requires_grad_(False)
 
-    def _agrees(self, name: str, module: nn.Module, reference: Tensor) -> bool:
-        try:
-            output = self._run(name, module)
-        except (RuntimeError, ValueError):  # shapes that do not fit
-            return False
-        same_shape = output.shape == reference.shape
-        return same_shape and bool((output - reference).norm() <= COMPACT_TOLERANCE * reference.norm())
+    def replay(self, name: str, module: nn.Module) -> Tensor:
+        """What ``module`` returns for the call that ``name`` received."""
+        dtype = next(module.parameters()).dtype
+        args, kwargs = _cast(self._calls[name], dtype)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _first_tensor(module(*args, **kwargs))
 
     def _replica(self, name: str) -> tuple[nn.Module, Tensor]:
         """A copy of an executed module and what it returns: in float64, or in float32 where it insists on that."""
@@ -131,7 +117,7 @@ class Recording:
             for dtype in (torch.float64, torch.float32):
                 module = copy.deepcopy(self._model.get_submodule(name)).to(dtype).requires_grad_(False)
                 try:
-                    reference = self._run(name, module)
+                    reference = self.replay(name, module)
                 except Exception:
                     if dtype is torch.float32:
                         raise
@@ -141,34 +127,46 @@ class Recording:
             self._replayed[name] = module, reference
         return self._replayed[name]
 
-    def _run(self, name: str, module: nn.Module) -> Tensor:
-        dtype = next(module.parameters()).dtype
-        args, kwargs = _cast(self._calls[name], dtype)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return _first_tensor(module(*args, **kwargs))
-
-    def _moved(self, name, module, reference, product: Factorization, sides: int) -> float:
-        """The relative change of the output when the first ``sides`` factors of each pair get the new basis."""
+    def _moved(self, name, module, reference, product: Factorization, sides: tuple[str, ...]) -> float:
+        """The relative change of the output when these sides of the product get a new basis."""
         original = [tensor.clone() for tensor in product.augmented()]
-        changed = product.form.change_basis(original, torch.Generator().manual_seed(0))
+        changed = product.form.change_basis(original, torch.Generator().manual_seed(0), sides)
         try:
-            pairs = enumerate(zip(changed, original, strict=True))
-            product.write([new if i % 2 < sides else old for i, (new, old) in pairs])
-            output = self._run(name, module)
+            product.write(changed)
+            output = self.replay(name, module)
         finally:
             product.write(original)
         return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 
-def _narrow_attributes(module: nn.Module, product: Product) -> Iterator[dict[str, int]]:
-    """Attribute values of an attention module that may say its narrower heads, the fewest first."""
-    width, heads, rank = product.left.width, product.left.size, product.rank
-    numbers = {name: value for name, value in vars(module).items() if type(value) is int}
-    of_head = {name: rank for name, value in numbers.items() if value == width and re.search("dim|size|d_kv", name)}
-    of_all = {name: heads * rank for name, value in numbers.items() if value == width * heads}
-    usual = {name: value for name, value in of_all.items() if name in ("all_head_size", "inner_dim", "split_size")}
-    yield from ({}, of_head, of_head | usual, of_head | of_all)
+@dataclass
+class Evidence:
+    """What there is to prove products with: one forward of the model, run when it is first asked for.
+
+    Attributes:
+        inputs: the user's example inputs; None to make some up.
+        owners: names of modules, at or above which calls are recorded.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any] | None
+    owners: Iterable[str]
+    obstacle: str = ""  # why there is no recording
+
+    @cached_property
+    def recording(self) -> Recording | None:
+        """The recorded forward; None where no inputs could be made up that the model runs on.
+
+        Raises:
+            ProbeError: The model does not run on the user's inputs.
+        """
+        if self.inputs is not None:
+            return Recording(self.model, self.inputs, self.owners)
+        try:
+            return record_examples(self.model, self.owners)
+        except ProbeError as error:
+            self.obstacle = f"{error}; pass factorize(..., verify=example_inputs) to decide"
+            return None
 
 
 def record_examples(model: nn.Module, owners: Iterable[str]) -> Recording:
@@ -236,6 +234,15 @@ def _lineage(name: str) -> list[str]:
     """A module's name and its ancestors', nearest first."""
     parts = name.split(".") if name else []
     return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
+
+
+def _rooted(name: str, module: nn.Module) -> nn.Module:
+    """A model that holds nothing but ``module``, under its dotted name."""
+    for step in reversed(name.split(".") if name else []):
+        parent = nn.Module()
+        parent.add_module(step, module)
+        module = parent
+    return module
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Any], names: set[str]) -> dict[str, tuple[tuple, dict]]:

@@ -5,50 +5,22 @@ an ancestor. Roles come from the children's names with filler words dropped, and
 q_out = H·d, k_out = G·d, v_out = G·dv, o_in = H·dv with H divisible by G.
 
 Names cannot tell how heads lie inside a fused weight, nor what happens between queries and keys. So a site offers
-its possible products, the most general first, with ``certain`` where structure alone decides; ``fnl_hf.probe`` tells
+its possible products, the most general first, with ``certain`` where structure alone decides; ``fnl_hf.proof`` tells
 the others apart on a forward of the model.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .factorization import HeadSlice, RotaryLayout
-from .heads import Product
+from ..config import FNLConfig
+from ..plan import Candidate
+from .slices import HeadSlice, RotaryLayout
+from .structure import Leaf, between_q_and_k, between_v_and_o, first_number, head_counts, output_candidates, roles_of
+from .target import HeadTarget
 
-_FILLER = {"proj", "projection", "project", "lin", "linear", "dense", "fc", "layer", "head", "to", "w", "c"}
-_FILLER |= {"self", "attn", "attention"}
-_ROLES = {
-    "q": {"q", "query", "queries", "wq"},
-    "k": {"k", "key", "keys", "wk"},
-    "v": {"v", "value", "values", "wv"},
-    "o": {"o", "out", "output", "wo", "post", "final", ""},
-    "qkv": {"qkv", "query_key_value", "in", "wqkv"},
-    "kv": {"kv", "key_value", "keys_values"},
-    "q_b": {"q_b"},
-    "kv_b": {"kv_b"},
-}
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_attn_heads", "n_heads", "n_head", "heads", "nhead")
 _UNCOUNTED = "the number of heads is not to be found on the module or its config"
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A projection below the module that was searched: the names of its parameters and its shape."""
-
-    weight: str
-    bias: str | None
-    out: int
-    inp: int
-    transposed: bool = False
-    convolution: bool = False
-
-    def rows(self, heads: tuple[int, ...], width: int, **place) -> HeadSlice:
-        """Its output features as heads."""
-        return HeadSlice(self.weight, self.bias, "out", heads, width, transposed=self.transposed, **place)
 
 
 @dataclass
@@ -61,7 +33,7 @@ class Site:
     """
 
     name: str
-    options: dict[str, list[Product]] = field(default_factory=lambda: {"qk": [], "ov": []})
+    options: dict[str, list[HeadTarget]] = field(default_factory=lambda: {"qk": [], "ov": []})
     certain: set[str] = field(default_factory=set)
     doubts: dict[str, str] = field(default_factory=dict)
 
@@ -75,17 +47,33 @@ class _Layout:
     v: HeadSlice
 
 
+def find_heads(model: nn.Module, config: FNLConfig) -> list[Candidate]:
+    """The finder of this family: the products of every attention site that the config asks for, with their ranks."""
+    return [
+        Candidate(
+            site.name,
+            slot,
+            tuple(replace(option, rank=config.head_rank_of(site.name, option.rank)) for option in site.options[slot]),
+            certain=slot in site.certain,
+            doubt=site.doubts.get(slot, ""),
+        )
+        for site in (find_attention(model) if config.attention else ())
+        for slot in config.attention
+        if site.options[slot] or slot in site.doubts
+    ]
+
+
 def find_attention(model: nn.Module) -> list[Site]:
     """Every attention site of a model, in module order; shared modules once."""
     return [site for name, module in model.named_modules() if (site := _site(model, name, module))]
 
 
 def _site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
-    roles = _roles(module)
+    roles = roles_of(module)
     if not _looks_like_attention(module, roles):
         return None
-    site, heads = Site(name), _head_counts(module)
-    outputs = list(_output_candidates(model, name, module))
+    site, heads = Site(name), head_counts(module)
+    outputs = list(output_candidates(model, name, module))
     layouts = [layout for count in heads or [1] for layout in _layouts(module, roles, count, outputs)]
     if not heads:
         site.doubts = dict.fromkeys(("qk", "ov"), _UNCOUNTED)
@@ -117,7 +105,7 @@ def _looks_like_attention(module: nn.Module, roles: dict[str, Leaf]) -> bool:
     found = {"q", "k", "v"} <= roles.keys() or "qkv" in roles or {"q", "kv"} <= roles.keys() or "kv_b" in roles
     # Linear attention and state-space mixers wear the same names, but have a short convolution or a decay.
     recurrent = any(hasattr(module, name) for name in ("conv1d", "A_log", "dt_bias"))
-    return found and not recurrent and ("qkv" not in roles or bool(_head_counts(module)))
+    return found and not recurrent and ("qkv" not in roles or bool(head_counts(module)))
 
 
 # -- layouts -----------------------------------------------------------------------------------------
@@ -215,21 +203,22 @@ def _batches(heads: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _offer_qk(site: Site, module: nn.Module, layouts: list[_Layout]) -> None:
-    if reason := _between_q_and_k(module):
+    if reason := between_q_and_k(module):
         site.doubts["qk"] = reason
     for layout in layouts:
         d = layout.q.width
-        site.options["qk"].append(Product(site.name, "qk", layout.q, layout.k, d))
+        name = f"{site.name}.qk" if site.name else "qk"
+        site.options["qk"].append(HeadTarget(name, "qk", d, layout.q, layout.k))
         if "rotary" in site.doubts.get("qk", ""):
             site.options["qk"] += [
-                Product(site.name, "rotary-qk", layout.q, layout.k, d, rotary) for rotary in _rotary_layouts(module, d)
+                HeadTarget(name, "rotary-qk", d, layout.q, layout.k, rotary) for rotary in _rotary_layouts(module, d)
             ]
 
 
 def _rotary_layouts(module: nn.Module, width: int) -> Iterator[RotaryLayout]:
     """Ways to rotate ``width`` features, the least rotated first: what is unrotated keeps its whole Gram."""
-    named = _first_number(module, ("rotary_dim", "rotary_ndims", "rope_dim", "qk_rope_head_dim"))
-    share = _first_number(module, ("partial_rotary_factor", "rotary_pct"))
+    named = first_number(module, ("rotary_dim", "rotary_ndims", "rope_dim", "qk_rope_head_dim"))
+    share = first_number(module, ("partial_rotary_factor", "rotary_pct"))
     dims = {width // 4, width // 2, 3 * width // 4, width, int(named or 0), int(width * (share or 0))}
     for dim in sorted(dim for dim in dims if 2 <= dim <= width and dim % 2 == 0):
         for start in dict.fromkeys((0, width - dim)):
@@ -241,7 +230,7 @@ def _rotary_layouts(module: nn.Module, width: int) -> Iterator[RotaryLayout]:
 
 def _offer_ov(site: Site, module: nn.Module, layouts: list[_Layout], outputs: list) -> None:
     """The O/V products, declared on the common ancestor of v and o."""
-    if reason := _between_v_and_o(module):
+    if reason := between_v_and_o(module):
         site.doubts["ov"] = reason
     for layout in layouts:
         width = layout.q.size * layout.v.width
@@ -254,129 +243,5 @@ def _offer_ov(site: Site, module: nn.Module, layouts: list[_Layout], outputs: li
         ancestor, below = ".".join(parts[: len(parts) - up]), "".join(f"{part}." for part in parts[len(parts) - up :])
         right = replace(layout.v, weight=below + layout.v.weight, bias=layout.v.bias and below + layout.v.bias)
         left = HeadSlice(leaf.weight, None, "in", layout.q.batch, right.width, transposed=leaf.transposed)
-        site.options["ov"].append(Product(ancestor, "ov", left, right, right.width))
-
-
-# -- what the structure shows ------------------------------------------------------------------------
-
-
-def _roles(module: nn.Module) -> dict[str, Leaf]:
-    """role -> projection among the children of a module; the first of a role wins."""
-    roles: dict[str, Leaf] = {}
-    for name, child in module.named_children():
-        if (role := _role(name)) and (leaf := _leaf(name, child)):
-            roles.setdefault(role, leaf)
-    fused = getattr(module, "in_proj_weight", None)
-    if isinstance(module, nn.MultiheadAttention) and fused is not None:
-        bias = None if module.in_proj_bias is None else "in_proj_bias"
-        roles["qkv"] = Leaf("in_proj_weight", bias, *fused.shape)
-    return roles
-
-
-def _role(name: str) -> str | None:
-    if name == "c_attn":  # "attn" is a filler elsewhere
-        return "qkv"
-    words = [word for word in re.split(r"[_\W]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()) if word]
-    rest = "_".join(word for word in words if word not in _FILLER)
-    return next((role for role, names in _ROLES.items() if rest in names), None)
-
-
-def _leaf(path: str, module: nn.Module) -> Leaf | None:
-    """The projection that a child is, or that it thinly wraps (a Sequential of one Linear and a Dropout)."""
-    if isinstance(module, (nn.Linear, Conv1D)) and isinstance(module.weight, nn.Parameter):
-        transposed = isinstance(module, Conv1D)
-        out, inp = reversed(module.weight.shape) if transposed else module.weight.shape
-        bias = f"{path}.bias" if module.bias is not None else None
-        return Leaf(f"{path}.weight", bias, out, inp, transposed)
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and set(module.kernel_size) == {1} and module.groups == 1:
-        bias = f"{path}.bias" if module.bias is not None else None
-        return Leaf(f"{path}.weight", bias, module.out_channels, module.in_channels, convolution=True)
-    leaves = [leaf for name, child in module.named_children() if (leaf := _leaf(f"{path}.{name}", child))]
-    thin = isinstance(module, (nn.ModuleList, nn.Sequential)) or len(list(module.parameters())) <= 2
-    return leaves[0] if thin and len(leaves) == 1 else None
-
-
-def _output_candidates(model: nn.Module, name: str, module: nn.Module) -> Iterator[tuple[int, Leaf]]:
-    """(levels up, leaf with its path below that ancestor) of what may be the output projection, nearest first."""
-    parts = name.split(".") if name else []
-    for up in range(min(2, len(parts)) + 1):
-        ancestor = model.get_submodule(".".join(parts[: len(parts) - up]))
-        if isinstance(ancestor, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
-            return
-        for child_name, child in ancestor.named_children():
-            if _role(child_name) != "o" or (up and child_name == parts[len(parts) - up]):
-                continue
-            if leaf := _leaf(child_name, child):
-                yield up, leaf
-            elif up:  # BERT's output.dense
-                for grandchild_name, grandchild in child.named_children():
-                    leaf = _leaf(f"{child_name}.{grandchild_name}", grandchild)
-                    if leaf and _role(grandchild_name) == "o":
-                        yield up, leaf
-
-
-def _head_counts(module: nn.Module) -> list[int]:
-    """Candidates for the number of query heads: the module's own, else those of its config."""
-    for owner in (module, getattr(module, "config", None)):
-        counts = [n for name in _HEAD_COUNTS if isinstance(n := _read_number(owner, name), int)]
-        if counts:
-            return list(dict.fromkeys(counts))
-    return []
-
-
-def _first_number(module: nn.Module, names: tuple[str, ...]) -> float | None:
-    config = getattr(module, "config", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    owners = [module, config, rope, *(rope.values() if isinstance(rope, dict) else ())]
-    return next((n for owner in owners for name in names if (n := _read_number(owner, name))), None)
-
-
-def _read_number(owner: object, name: str) -> float | None:
-    try:
-        value = owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
-    except Exception:  # a heterogeneous config raises an error of its own for a per-layer attribute
-        return None
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
-
-
-def _code_names(module: nn.Module) -> set[str]:
-    """Names that a module's forward uses, its own methods included."""
-    cls, names, seen, queue = type(module), set(), set(), ["forward"]
-    while queue:
-        method = queue.pop()
-        function = getattr(cls, method, None)
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        code = getattr(function, "__code__", None)
-        if code is None or method in seen:
-            continue
-        seen.add(method)
-        names |= set(code.co_names) | set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-        queue += [name for name in code.co_names if not hasattr(nn.Module, name) and callable(getattr(cls, name, None))]
-    return names
-
-
-def _between_q_and_k(module: nn.Module) -> str | None:
-    """Why Q_hᵀK_h may not be what the scores use, from names: what stands between."""
-    for name, child in module.named_children():
-        words = set(re.split(r"[_\W]+", name.lower()))
-        if ("Norm" in type(child).__name__ or "norm" in name) and words & {"q", "k", "query", "key", "qk"}:
-            return f"{name} normalises queries and keys: the scores do not depend on the product's scale"
-    names = _code_names(module)
-    if rotary := sorted(n for n in names if re.search(r"rotary|rope|position_embeddings|freqs_cis|apply_rot", n)):
-        return f"rotary positions ({rotary[0]}) stand between queries and keys"
-    relative = r"distance_embed|pos_bias|position_bias|rel_pos|_r_bias|relative_k|pos_key"
-    if relative := sorted(n for n in names if re.search(relative, n)):
-        return f"relative positions ({relative[0]}) are added to queries or keys"
-    return None
-
-
-def _between_v_and_o(module: nn.Module) -> str | None:
-    """Why O_h V_h may not be what the model applies, from names: what stands between."""
-    for name, child in module.named_children():
-        words = set(re.split(r"[_\W]+", name.lower()))
-        if "Norm" in type(child).__name__ and words & {"v", "value", "sub", "subln", "inner", "o"}:
-            return f"{name} normalises between values and output"
-        if words & {"gate", "g"} and list(child.parameters()):
-            return f"{name} gates what the output projection reads"
-    return None
+        name = f"{ancestor}.ov" if ancestor else "ov"
+        site.options["ov"].append(HeadTarget(name, "ov", right.width, left, right))

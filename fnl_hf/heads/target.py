@@ -1,0 +1,295 @@
+"""`HeadTarget`: a head product in a plan, from its place in the dense model to the narrow leaves that it may get."""
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+
+from ..config import ATTENTION_KINDS, FNLConfig
+from ..factorization import Factorization, swap
+from ..plan import Activation, Renaming, Target
+from ..proof import Evidence
+from .compact import compact_attributes
+from .leaf import HeadLinear, HeadPadding, can_be_narrowed
+from .product import HeadProduct
+from .slices import HeadSlice, RotaryLayout
+
+KINDS = (*ATTENTION_KINDS, "rotary-qk")
+KEPT = "a narrower basis does not commute with a rotation, and only the heads of nn.Linear and Conv1D can be narrowed"
+
+
+@dataclass(frozen=True)
+class HeadTarget(Target):
+    """A product of an attention module's heads.
+
+    Attributes:
+        left, right: how the heads lie in the weights of both projections at full width; the parameters are named
+            below ``owner``, the module that will hold the declaration.
+        rotary: which features of queries and keys are rotated.
+        compact: attributes of the owner under really narrower heads; None: they are padded to their old width.
+    """
+
+    family: ClassVar[str] = "heads"
+
+    left: HeadSlice
+    right: HeadSlice
+    rotary: RotaryLayout | None = None
+    compact: dict[str, int] | None = None
+
+    @property
+    def owner(self) -> str:
+        """Name of the common ancestor of both projections, which holds the declaration."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def slot(self) -> str:
+        """Name of the declaration in its owner: "qk" for both forms of it."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def sides(self) -> tuple[HeadSlice, HeadSlice]:
+        return self.left, self.right
+
+    def leaf(self, side: HeadSlice) -> str:
+        """Name in the model of the module that holds a side's weight."""
+        return self._full(side.weight).rpartition(".")[0]
+
+    def _full(self, path: str) -> str:
+        return f"{self.owner}.{path}" if self.owner else path
+
+    # -- what every target answers --------------------------------------------------------------------
+
+    def found(self, model: nn.Module) -> Factorization:
+        """The product at full width."""
+        declaration = HeadProduct(self.kind, self.left, self.right, self.left.width, self.rotary)
+        return declaration.factorization(self.name, model.get_submodule(self.owner))
+
+    def parameters(self) -> tuple[str, ...]:
+        """The weights of both projections, and their biases where they have any."""
+        paths = [side.weight for side in self.sides] + [side.bias for side in self.sides if side.bias]
+        return tuple(map(self._full, paths))
+
+    def inputs(self) -> tuple[Activation | None, Activation | None]:
+        """The features of each head: what q and k put out, what the output projection takes.
+
+        A value projection has None: what multiplies a head's values is known only once attention has averaged it.
+        """
+
+        def activation(side: HeadSlice, end: str) -> Activation | None:
+            own = side.weight.rpartition(".")[0] and side.bias_width is None  # else no module puts it out as it is
+            return Activation(self.leaf(side), end, side.read_activations) if own else None
+
+        if self.slot == "ov":
+            return activation(self.left, "input"), None
+        return activation(self.left, "output"), activation(self.right, "output")
+
+    def renamed(self, rename: Renaming) -> "HeadTarget | None":
+        """The product under the names that its weights get in a model, below their nearest common ancestor."""
+        names = {path: rename(self._full(path)) for side in self.sides for path in (side.weight, side.bias) if path}
+        if None in names.values():
+            return None
+        # The owner is no leaf: what ends in "leaf.weight" is at least two steps below it.
+        parents = [names[side.weight].split(".")[: -min(2, len(side.weight.split(".")))] for side in self.sides]
+        owner = ".".join(os.path.commonprefix(parents))
+        local = {path: name[len(owner) + 1 :] if owner else name for path, name in names.items()}
+        left, right = (
+            replace(side, weight=local[side.weight], bias=side.bias and local[side.bias]) for side in self.sides
+        )
+        return replace(self, name=f"{owner}.{self.slot}" if owner else self.slot, left=left, right=right)
+
+    def flaw(self, model: nn.Module | None = None) -> str | None:
+        """What is wrong with a product as it was read; with a model, why its heads do not lie there."""
+        return self._flaw() if model is None else self._misfit(model)
+
+    def _flaw(self) -> str | None:
+        if not isinstance(self.name, str):
+            return f"name is {self.name!r}, expected a string"
+        if self.kind not in KINDS:
+            return f"kind is {self.kind!r}, expected one of {KINDS}"
+        if (self.kind == "rotary-qk") != (self.rotary is not None):
+            return f"kind is {self.kind!r}, rotary is {self.rotary!r}"
+        for side in self.sides:
+            if not isinstance(side.weight, str) or not isinstance(side.bias, str | None):
+                return f"{side} makes no sense"
+            sizes = (*side.heads, side.width, side.repeats, side.offset + 1)
+            if not all(type(size) is int and size > 0 for size in sizes) or side.axis not in ("in", "out"):
+                return f"{side} makes no sense"
+        if not all(type(size) is int and size > 0 for size in (self.compact or {}).values()):
+            return f"compact is {self.compact!r}, expected whole numbers"
+        if type(self.rank) is not int or not 1 <= self.rank <= self.left.width:
+            return f"rank is {self.rank!r}, expected an int in 1..{self.left.width}"
+        return None
+
+    def _misfit(self, model: nn.Module) -> str | None:
+        """Whether both weights are there, with features for their heads, and the sizes that compact heads change."""
+        for side in self.sides:
+            misfit = f"has no {self._full(side.weight)} whose features are split like that"
+            try:
+                weight = model.get_parameter(self._full(side.weight))
+                if side.bias:
+                    model.get_parameter(self._full(side.bias))
+            except AttributeError:
+                return misfit
+            features = weight.shape[(side.axis == "in") != side.transposed]
+            end = side.offset + side.size // side.repeats * side.width
+            if features % side.repeats or end > features // side.repeats:
+                return misfit
+        owner = model.get_submodule(self.owner)
+        if not all(type(getattr(owner, name, None)) is int for name in self.compact or {}):
+            return f"{misfit}, below a module with a number {' and '.join(self.compact)} that they could change"
+        return None
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "HeadTarget":
+        """Inverse of ``to_dict``; entries of format 1 give their owner, and no name."""
+        data = dict(data)
+        if "owner" in data:
+            owner, slot = data.pop("owner"), data["kind"].removeprefix("rotary-")
+            data["name"] = f"{owner}.{slot}" if owner else slot
+        sides = {side: HeadSlice.from_dict(data[side]) for side in ("left", "right")}
+        rotary = data.get("rotary") and RotaryLayout(**data["rotary"])
+        return cls(**{**data, **sides, "rotary": rotary})
+
+    # -- ranks and layouts ----------------------------------------------------------------------------
+
+    @classmethod
+    def settle(
+        cls, model: nn.Module, config: FNLConfig, targets: Sequence["HeadTarget"], evidence: Evidence
+    ) -> list["HeadTarget"]:
+        """The products that can be narrower get the rank that was asked for; in a compact layout where that is proven.
+
+        Raises:
+            ValueError: A rank is above the width of its heads; a lower one is asked for and nothing can have it.
+        """
+        settled, kept = [], []
+        for target in targets:
+            if target.rank > target.left.width:
+                raise ValueError(
+                    f"{target.name}: head rank {target.rank} is above its head_dim {target.left.width}; give at most "
+                    f"{target.left.width}"
+                )
+            if target.rank < target.left.width and not target._narrows(model):
+                kept.append(target.kind)
+                target = replace(target, rank=target.left.width)
+            settled.append(target)
+        if kept and len(kept) == len(settled):
+            raise ValueError(
+                f"head_rank is {config.head_rank}, but every product found ({', '.join(sorted(set(kept)))}) keeps its "
+                f"full rank: {KEPT}; leave head_rank at 1.0"
+            )
+        return _compacted(settled, evidence) if config.head_layout == "compact" else settled
+
+    def _narrows(self, model: nn.Module) -> bool:
+        """Whether the heads of a product can have a lower rank: not under rotation, and only in ordinary leaves."""
+        return self.rotary is None and all(can_be_narrowed(_submodule(model, self.leaf(side))) for side in self.sides)
+
+    @classmethod
+    def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
+        """Which products keep their full rank, and which are not compact, though the config asks for both."""
+        full = [p.kind for p in products if p.size()[1] == p.full_rank]
+        notes = []
+        if config.head_rank != 1.0 and full:
+            notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
+        if config.head_layout == "compact":
+            padded = sum(product.layout == "padded" for product in products)
+            notes.append(
+                f"{len(products) - padded} products are compact, {padded} padded: not proven equal at a smaller width"
+            )
+        return notes
+
+    # -- putting them in place ------------------------------------------------------------------------
+
+    @classmethod
+    def install(cls, model: nn.Module, targets: Sequence["HeadTarget"]) -> None:
+        """Declare products, and give projections that lose rank their narrow leaves.
+
+        All new leaves are built before the first one is put in, so that a failure leaves the model as it was.
+        """
+        paddings = _paddings(model, targets)
+        narrow = {}
+        for name, (rows, columns) in paddings.items():
+            leaf = model.get_submodule(name)
+            narrow[leaf] = HeadLinear.narrowed(leaf, rows, columns)
+        swap(model, narrow)
+        for target in targets:
+            owner = model.get_submodule(target.owner)
+            left, right = (target._narrow_slice(side, paddings) for side in target.sides)
+            for side in (left, right):
+                if side.bias and side.bias_width:  # added after padding: nothing may stand beyond the rank
+                    bias = owner.get_parameter(side.bias).data.unflatten(0, (*side.batch, side.bias_width))
+                    bias[..., side.width :].zero_()
+            replaced = None
+            if target.compact is not None:
+                for side in target.sides:
+                    model.get_submodule(target.leaf(side)).make_compact()
+                replaced = {name: getattr(owner, name) for name in target.compact}
+                for name, value in target.compact.items():
+                    setattr(owner, name, value)
+            declaration = HeadProduct(target.kind, left, right, target.left.width, target.rotary, replaced)
+            owner.add_module(target.slot, declaration)
+
+    def _narrow_slice(self, side: HeadSlice, paddings) -> HeadSlice:
+        """How a projection's heads are read once its leaf is narrow."""
+        rows, columns = paddings.get(self.leaf(side), (None, None))
+        padding = rows if side.axis == "out" else columns
+        transposed = side.transposed and rows is None and columns is None
+        if padding is None:
+            return replace(side, transposed=transposed)
+        return replace(side, width=self.rank, offset=padding.narrow_offset(side.offset), transposed=transposed)
+
+
+def _compacted(targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget]:
+    """With really narrower heads in the attention modules where both products agree and a replay proves them."""
+    compact: dict[str, HeadTarget] = {}
+    for qk in (target for target in targets if target.slot == "qk"):
+        inside = f"{qk.owner}." if qk.owner else ""  # where the values of the same attention are projected
+        pairs = (target for target in targets if target.slot == "ov" and target.parameters()[1].startswith(inside))
+        if (ov := next(pairs, None)) is None or not qk.rank == ov.rank < qk.left.width == ov.left.width:
+            continue
+        attributes = evidence.recording and compact_attributes(evidence.recording, qk, ov)
+        if attributes is not None:
+            compact |= {qk.name: replace(qk, compact=attributes), ov.name: replace(ov, compact={})}
+    return [compact.get(target.name, target) for target in targets]
+
+
+def _paddings(model, targets) -> dict[str, tuple[HeadPadding | None, HeadPadding | None]]:
+    """leaf name -> (rows, columns) paddings, for the leaves that hold a product of reduced rank."""
+    sides = defaultdict(list)
+    for target in targets:
+        for side in target.sides:
+            sides[target.leaf(side), side.axis].append((side, target.rank))
+    paddings = defaultdict(lambda: (None, None))
+    for (name, axis), slices in sides.items():
+        if all(side.width == rank for side, rank in slices):
+            continue
+        weight = model.get_submodule(name).weight
+        out_axis = 1 if slices[0][0].transposed else 0
+        padding = _padding(weight.shape[out_axis if axis == "out" else 1 - out_axis], slices)
+        rows, columns = paddings[name]
+        paddings[name] = (padding, columns) if axis == "out" else (rows, padding)
+    return dict(paddings)
+
+
+def _padding(features: int, slices: list[tuple[HeadSlice, int]]) -> HeadPadding:
+    """The blocks of one weight's split features; what no product reads stays as wide as it is."""
+    repeats = slices[0][0].repeats
+    blocks, end = [], 0
+    for side, rank in sorted(slices, key=lambda item: item[0].offset):
+        if side.offset > end:
+            blocks.append((1, side.offset - end, side.offset - end))
+        heads = side.size // repeats
+        blocks.append((heads, side.width, rank))
+        end = side.offset + heads * side.width
+    if features // repeats > end:
+        blocks.append((1, features // repeats - end, features // repeats - end))
+    return HeadPadding(repeats, tuple(blocks))
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a parameter of the attention module itself, such as in_proj_weight
+        return None

@@ -1,0 +1,275 @@
+"""What ``factorize`` does to a model, as data: targets with their ranks, and what is skipped and why.
+
+A `Target` is one factorization to be: how to find its factors in the dense model, and how to put its layers in place.
+Each kind of thing that can be factorized (the heads of attention, say) is a *family*: one subclass of `Target`, and a
+*finder* that offers such targets for a model. Everything else, from planning to loading, handles targets only.
+
+    fnl_hf.register_family(finder, MyTarget)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+from torch import Tensor, nn
+
+from .config import FORMAT_VERSION, FNLConfig
+from .factorization import Factorization
+from .proof import Evidence
+
+RESTORE = "restore the config.json that was saved with these weights"
+
+# A name of a parameter -> its name in the model, or None where that is put together from several
+Renaming = Callable[[str], str | None]
+
+
+class Activation(NamedTuple):
+    """Where in a model to read what multiplies a factor, for initialisations that look at data.
+
+    Attributes:
+        module: dotted name.
+        end: "input", the first argument of its forward, or "output".
+        read: (positions, features) as (*batch, positions, width), the batch that of the factor.
+    """
+
+    module: str
+    end: str
+    read: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """One factorization to be, by the names of a dense model: an entry of the stored plan. JSON-ready but for tuples.
+
+    Attributes:
+        name: what the factorization will be called.
+        kind: "qk", "ov", "linear", …
+        rank: what it gets.
+    """
+
+    family: ClassVar[str] = ""  # its tag in a stored plan; the name of the class if not given
+
+    name: str
+    kind: str
+    rank: int
+
+    @abstractmethod
+    def found(self, model: nn.Module) -> Factorization:
+        """The factorization as it lies in the dense model, at full rank: a chain of one factor for a lone weight."""
+
+    @abstractmethod
+    def parameters(self) -> tuple[str, ...]:
+        """Names in the dense model of the parameters that it replaces or reads, a weight first."""
+
+    @classmethod
+    @abstractmethod
+    def install(cls, model: nn.Module, targets: Sequence[Self]) -> None:
+        """Put the layers and declarations of targets in place, with values still to be written.
+
+        All of a family together, since targets may share a layer. A failure leaves the model as it was.
+        """
+
+    @classmethod
+    def settle(cls, model: nn.Module, config: FNLConfig, targets: Sequence[Self], evidence: Evidence) -> Sequence[Self]:
+        """The targets with their final ranks and layouts, once it is known which of what was found are exact.
+
+        Raises:
+            ValueError: The config's ranks do not fit them.
+        """
+        return targets
+
+    @classmethod
+    def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
+        """Lines for the summary of a model, about the factorizations that belong to this family."""
+        return []
+
+    def inputs(self) -> tuple[Activation | None, ...]:
+        """What multiplies each of its factors; () or None where that is not known."""
+        return ()
+
+    def renamed(self, rename: Renaming) -> Self | None:
+        """The target under the names that its weights have in a model; None where they have none."""
+        path = self.parameters()[0]
+        if not (name := rename(path)) or not path.startswith(self.name):
+            return None
+        below = path.removeprefix(self.name)
+        return replace(self, name=name.removesuffix(below)) if name.endswith(below) else None
+
+    def flaw(self, model: nn.Module | None = None) -> str | None:
+        """What is wrong with a target as read from config.json; given a model, what that lacks: "has no …"."""
+        if not isinstance(self.name, str) or not isinstance(self.kind, str):
+            return f"name is {self.name!r} and kind is {self.kind!r}, expected strings"
+        if type(self.rank) is not int or self.rank < 1:
+            return f"rank is {self.rank!r}, expected an int of at least 1"
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if model is not None else None
+        missing = [path for path in self.parameters() if names is not None and path not in names]
+        return f"has no {missing[0]}" if missing else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data, which ``from_dict`` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of ``to_dict``. Raises a TypeError or KeyError where fields are missing or unknown."""
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a finder offers: a place in the model, and what it may be.
+
+    Attributes:
+        name: of the module, for the user.
+        kind: what is looked for there.
+        options: the targets that it may be, the most general first; the first one that is proven exact is taken.
+        certain: structure alone decides: the first option needs no proof.
+        doubt: what stands in between, or why there is no option, in words for the user.
+    """
+
+    name: str
+    kind: str
+    options: tuple[Target, ...]
+    certain: bool = False
+    doubt: str = ""
+
+    @classmethod
+    def of(cls, offered: "Candidate | Target") -> "Candidate":
+        """A target stands for the candidate that is certain to be it."""
+        return offered if isinstance(offered, Candidate) else cls(offered.name, offered.kind, (offered,), certain=True)
+
+
+Finder = Callable[[nn.Module, FNLConfig], Iterable[Candidate | Target]]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What looks as if it could be factorized, and is not."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The targets of a model with their ranks, and what is skipped: what config.json stores, so that loading never
+    searches."""
+
+    targets: tuple[Target, ...]
+    skipped: tuple[Skip, ...] = ()
+
+    def install(self, model: nn.Module) -> None:
+        """Put all targets in place, family by family."""
+        for family in FAMILIES.values():
+            if targets := [target for target in self.targets if type(target) is family.target]:
+                family.target.install(model, targets)
+
+    def to_dict(self) -> dict[str, list[dict]]:
+        """JSON-ready data, which ``from_dict`` reads back."""
+        return {
+            "targets": [{"family": _tag(type(target)), **target.to_dict()} for target in self.targets],
+            "skipped": [asdict(skip) for skip in self.skipped],
+        }
+
+    @classmethod
+    def of(cls, config: FNLConfig) -> "Plan":
+        """The plan that a stored config holds, of this format version or an earlier one.
+
+        Raises:
+            ValueError: It is damaged, or its family is not registered: the message names the entry.
+        """
+        data = config.plan if isinstance(config.plan, dict) else {}
+        # Format 1 knew heads only, and called the targets products.
+        key, family = ("products", "heads") if "products" in data else ("targets", None)
+        where = f"quantization_config.plan.{key}"
+        if not isinstance(data.get(key), list):
+            raise ValueError(f"quantization_config.plan in config.json holds no list of targets: {RESTORE}")
+        targets = []
+        for i, entry in enumerate(data[key]):
+            try:
+                values = dict(entry)
+                tag = family or values.pop("family")
+                target = FAMILIES[tag].target.from_dict(values) if tag in FAMILIES else None
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{where}[{i}] cannot be read ({error!r}): {RESTORE}") from None
+            if target is None:
+                raise ValueError(
+                    f"{where}[{i}] is of the family {tag!r}, and registered are {', '.join(FAMILIES)}: import the "
+                    "package that registers it (fnl_hf.register_family) before loading"
+                )
+            if flaw := target.flaw():
+                raise ValueError(f"{where}[{i}] ({target.name}): {flaw}; {RESTORE}")
+            targets.append(target)
+        try:
+            skipped = tuple(Skip(**skip) for skip in data.get("skipped", []))
+        except TypeError as error:
+            raise ValueError(f"quantization_config.plan.skipped cannot be read ({error}): {RESTORE}") from None
+        return cls(tuple(targets), skipped)
+
+
+def attach(model: nn.Module, config: FNLConfig, plan: Plan) -> None:
+    """Store the config with its resolved plan where ``save_pretrained`` finds it."""
+    stored = replace(config, plan=plan.to_dict(), format_version=FORMAT_VERSION)
+    getattr(model, "config", model).quantization_config = stored
+
+
+def attached(model: nn.Module) -> FNLConfig | None:
+    """The config with its plan that ``factorize`` or loading left on a model, if it is factorized."""
+    stored = getattr(getattr(model, "config", model), "quantization_config", None)
+    return stored if isinstance(stored, FNLConfig) else None
+
+
+def headline(sizes: Iterable[tuple[str, int, int]], covered: int, parameters: int, skipped: int) -> str:
+    """What became of a plan, in one line.
+
+    Args:
+        sizes: (kind, how many matrices or heads, their rank) of every factorization.
+        covered, parameters: how many parameters belong to a factorization, and how many there are.
+        skipped: how much was not factorized.
+    """
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for kind, count, rank in sizes:
+        kinds.setdefault(kind, []).append((count, rank))
+    parts = []
+    for kind, rows in kinds.items():
+        ranks = sorted({rank for _, rank in rows})
+        span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+        parts.append(f"{sum(count for count, _ in rows)} {kind} in {len(rows)} modules ({span})")
+    line = f"fnl_hf: factorized {', '.join(parts)}; {covered:,} of {parameters:,} parameters"
+    return line + (f"; {skipped} skipped, see fnl_hf.summary(model)" if skipped else "")
+
+
+# -- families ----------------------------------------------------------------------------------------
+
+
+class Family(NamedTuple):
+    """A finder and the class of the targets that it offers."""
+
+    finder: Finder
+    target: type[Target]
+
+
+FAMILIES: dict[str, Family] = {}  # by the tag of their targets, in the order of registration
+
+
+def register_family(finder: Finder, target_class: type[Target]) -> None:
+    """Let ``factorize`` look for a further kind of targets, and loading know them.
+
+    Args:
+        finder: (model, config) -> the targets, or `Candidate`s, that the config asks for in this dense model.
+        target_class: the dataclass of its targets; a class of the same tag is replaced.
+
+    Raises:
+        TypeError: ``target_class`` is no concrete dataclass below `Target`.
+    """
+    if not (isinstance(target_class, type) and issubclass(target_class, Target)):
+        raise TypeError(f"register_family got {target_class!r}, expected a subclass of fnl_hf.Target")
+    if missing := sorted(target_class.__abstractmethods__):
+        raise TypeError(f"{target_class.__name__} lacks {', '.join(missing)}, which a Target needs")
+    FAMILIES[_tag(target_class)] = Family(finder, target_class)
+
+
+def _tag(target_class: type[Target]) -> str:
+    return target_class.family or target_class.__name__

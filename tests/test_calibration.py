@@ -1,0 +1,160 @@
+"""Second moments of what multiplies factors: against a direct construction, without padding, and hooks that go away."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import fnl_hf
+from fnl_hf import config, initialization
+from fnl_hf.calibration import moments
+from fnl_hf.planning import plan
+from tests.families import SEQ2SEQ, build
+
+PADDED = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+
+
+def outputs_of(model, name, batch, end="output"):
+    """What a module takes or puts out, (sequences, positions, features), in float64."""
+    seen = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda m, args, out: seen.append((args[0] if end == "input" else out).double()))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return seen[0]
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_moments_are_those_of_each_head_without_padding(family):
+    model, inputs = build(family)
+    model.train()
+    before = hooks(model)
+    batches = [{**inputs, "attention_mask": PADDED}, {"input_ids": inputs["input_ids"].flip(0)[:, :3]}]
+    targets = plan(model, fnl_hf.FNLConfig()).targets
+    found = moments(model, targets, batches)
+    assert model.training and hooks(model) == before and set(found) == {t.name for t in targets}
+    model.eval()
+    leaf = {"bert": "encoder.layer.1.attention.self.key", "gpt2": "h.1.attn.c_attn"}[family]
+    features = [outputs_of(model, leaf, batch)[batch.get("attention_mask", torch.ones(2, 3)).bool()] for batch in batches]
+    keys = torch.cat(features)[:, slice(32, 64) if family == "gpt2" else slice(None)].unflatten(-1, (4, 8))
+    expected = torch.einsum("nhi,nhj->hij", keys, keys) / len(keys)
+    (name,) = (t.name for t in targets if t.kind == "qk" and ".1." in t.name)
+    assert len(keys) == 12 + 6 and found[name][1].dtype == torch.float64
+    assert_close(found[name][1], expected)
+    out = {"bert": "encoder.layer.0.attention.output.dense", "gpt2": "h.0.attn.c_proj"}[family]
+    context = torch.cat([outputs_of(model, out, b, "input")[b.get("attention_mask", torch.ones(2, 3)).bool()] for b in batches])
+    context = context.unflatten(-1, (4, 8))
+    (name,) = (t.name for t in targets if t.kind == "ov" and ".0." in t.name)
+    assert_close(found[name][0], torch.einsum("nhi,nhj->hij", context, context) / 18)
+    assert found[name][1] is None
+
+
+@pytest.mark.parametrize("target_length", [4, 7])
+def test_source_and_target_have_masks_of_their_own(target_length):
+    model, inputs = build("bart")
+    decoder = torch.randint(3, 40, (2, target_length))
+    kept = torch.ones(2, target_length, dtype=torch.long)
+    kept[0, -2:] = 0
+    batch = {**inputs, "decoder_input_ids": decoder, "attention_mask": PADDED, "decoder_attention_mask": kept}
+    found = moments(model, plan(model, fnl_hf.FNLConfig()).targets, [batch])
+    for name, mask in (("encoder.layers.0.self_attn", PADDED), ("decoder.layers.1.self_attn", kept)):
+        counts = mask if target_length != PADDED.shape[1] else PADDED * kept  # equally long: neither is padding
+        heads = model.get_submodule(name).num_heads
+        keys = outputs_of(model, f"{name}.k_proj", batch)[counts.bool()].unflatten(-1, (heads, -1))
+        assert_close(found[f"{name}.qk"][1], torch.einsum("nhi,nhj->hij", keys, keys) / len(keys))
+
+
+def test_labels_show_the_padding_of_the_target():
+    model, _ = build("bart")
+    labels = torch.tensor([[4, 5, -100, -100], [4, 5, 6, 7]])
+    batch = {**SEQ2SEQ, "labels": labels}
+    masked = moments(_TakesLabels(model), _below(plan(model, fnl_hf.FNLConfig()).targets), [batch])
+    explicit = {**SEQ2SEQ, "decoder_attention_mask": labels.ne(-100)}
+    expected = moments(_TakesLabels(model), _below(plan(model, fnl_hf.FNLConfig()).targets), [explicit])
+    name = "model.decoder.layers.0.encoder_attn.qk"
+    assert_close(masked[name][0], expected[name][0], rtol=1e-6, atol=1e-8)
+    assert masked[name][0].shape == (2, 16, 16)
+
+
+class _TakesLabels(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels=None, decoder_attention_mask=None, **inputs):
+        return self.model(**inputs)
+
+
+def _below(targets):
+    return [replace(target, name=f"model.{target.name}") for target in targets]
+
+
+def test_hooks_and_modes_come_back_whatever_happens():
+    model, inputs = build("bert")
+    model.train()
+    targets = plan(model, fnl_hf.FNLConfig()).targets
+    before = hooks(model)
+
+    def batches():
+        yield inputs
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        moments(model, targets, batches())
+    assert hooks(model) == before and model.training
+    with pytest.raises(ValueError, match="calibration holds no batches"):
+        moments(model, targets, [])
+    assert hooks(model) == before and model.training
+
+
+def test_what_the_batches_do_not_reach_has_no_moment():
+    model, inputs = build("bart")
+
+    @dataclass(frozen=True)
+    class Encoder:
+        """A model of which only a part runs."""
+
+    targets = plan(model, fnl_hf.FNLConfig()).targets
+    whole = nn.Module()
+    whole.model, whole.forward = model, lambda input_ids: model.encoder(input_ids)
+    found = moments(whole, _below(targets), [{"input_ids": inputs["input_ids"]}])
+    assert found["model.decoder.layers.0.self_attn.qk"] == (None, None)
+    assert found["model.encoder.layers.0.self_attn.qk"][0].shape == (4, 8, 8)
+
+
+def test_an_initialisation_that_looks_at_data_gets_them(monkeypatch):
+    seen = {}
+
+    def peeking(form, factors, rank, sides):
+        seen[factors[0].shape] = sides
+        return form.balance(factors, rank)
+
+    monkeypatch.setitem(initialization.INITIALIZATIONS, "peeking", peeking)
+    monkeypatch.setattr(config, "INITIALIZATIONS", ("peeking",))
+    monkeypatch.setattr("fnl_hf.patching.CALIBRATED", frozenset({"peeking"}))
+    model, inputs = build("bert")
+    cfg = fnl_hf.FNLConfig(init="peeking", attention=("qk",))
+    with pytest.raises(ValueError, match="init='peeking' looks at data: pass factorize.*calibration="):
+        fnl_hf.factorize(model, cfg)
+    assert not fnl_hf.factorizations(model)
+    fnl_hf.factorize(model, cfg, calibration=iter([inputs]))
+    ((left, right),) = seen.values()
+    assert left.shape == right.shape == (4, 8, 8) and not torch.equal(left, right)
+
+
+def test_calibration_for_an_initialisation_that_takes_none_is_refused():
+    model, inputs = build("bert")
+    with pytest.raises(ValueError, match="init='spectral' does not look at data: drop calibration"):
+        fnl_hf.factorize(model, fnl_hf.FNLConfig(), calibration=[inputs])
+
+
+def test_the_names_in_the_config_are_those_of_the_functions():
+    assert tuple(initialization.INITIALIZATIONS) == config.INITIALIZATIONS
+    assert config.INITIALIZATIONS and set(config.INITIALIZATIONS) >= config.CALIBRATED
