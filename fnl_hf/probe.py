@@ -85,9 +85,9 @@ class Recording:
             module, reference = self._replica(executed)
             below = owner.removeprefix(executed).removeprefix(".")
             product = declaration.factorization(name, module.get_submodule(below))
-            change = self._moved(executed, module, reference, product, 2)
+            change = self._moved(executed, module, reference, product, ("left", "right"))
             # A large change is a refutation whatever the control says; the control costs another replay.
-            control = 1.0 if change > 1e-2 else self._moved(executed, module, reference, product, 1)
+            control = 1.0 if change > 1e-2 else self._moved(executed, module, reference, product, ("left",))
         except Exception as error:  # any user model may stand here; what it raised is the reason to report
             return Verdict(name, declaration.kind, None, None, f"its module does not replay alone: {error}")
         return Verdict(name, declaration.kind, change, control, None if control else UNREACHED)
@@ -148,13 +148,11 @@ class Recording:
             torch.manual_seed(0)
             return _first_tensor(module(*args, **kwargs))
 
-    def _moved(self, name, module, reference, product: Factorization, sides: int) -> float:
-        """The relative change of the output when the first ``sides`` factors of each pair get the new basis."""
+    def _moved(self, name, module, reference, product: Factorization, sides: tuple[str, ...]) -> float:
+        """The relative change of the output when these sides of the product get a new basis."""
         original = [tensor.clone() for tensor in product.augmented()]
-        changed = product.form.change_basis(original, torch.Generator().manual_seed(0))
         try:
-            pairs = enumerate(zip(changed, original, strict=True))
-            product.write([new if i % 2 < sides else old for i, (new, old) in pairs])
+            product.write(product.form.change_basis(original, torch.Generator().manual_seed(0), sides))
             output = self._run(name, module)
         finally:
             product.write(original)
