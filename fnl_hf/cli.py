@@ -14,7 +14,6 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from .algebra import chain
 from .config import ATTENTION_KINDS, INITIALIZATIONS, FNLConfig
 from .factorization import factorizations
 from .loading import written_whole
@@ -62,11 +61,11 @@ def spectra(model: nn.Module, leading: int = 5) -> list[dict]:
     rows = []
     for product in factorizations(model):
         row = {"name": product.name, "kind": product.kind}
-        if product.form is not chain:
+        if not product.form.has_matrix:
             rows.append(row | dict.fromkeys(("nuclear_norm", "stable_rank", "effective_rank", "singular_values")))
             continue
         with torch.no_grad():
-            sigma = chain.singular_values(product.tensors()).double().flatten(0, -2)  # (heads, rank)
+            sigma = product.form.singular_values(product.tensors()).double().flatten(0, -2)  # (heads, rank)
         share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
         energy = sigma.square().sum(-1) / sigma[:, 0].square().clamp_min(torch.finfo(sigma.dtype).tiny)
         row["nuclear_norm"] = sigma.sum().item()

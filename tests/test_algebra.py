@@ -62,8 +62,8 @@ def test_integer_vectors_of_three_factors():
 
 
 def test_nuclear_norm_bound_and_non_orthogonality_vectors():
-    assert chain.nuclear_norm((U, V.mT)).item() == pytest.approx(W_NUCLEAR, abs=1e-12)
-    assert chain.nuclear_bound((U, V.mT)).item() == 12.5
+    assert chain.singular_values((U, V.mT)).sum().item() == pytest.approx(W_NUCLEAR, abs=1e-12)
+    assert chain.bound(chain.decay_grams((U, V.mT))).item() == 12.5
     expected = torch.tensor([0.12038585308576921, 0.5345224838248487], dtype=torch.float64)
     assert_close(chain.non_orthogonality((U, V.mT)), expected)
 
@@ -72,7 +72,7 @@ def test_balance_keeps_the_product_and_makes_the_bound_tight():
     left, right = chain.balance((U, V.mT))
     assert_close(left @ right, U @ V.mT, rtol=1e-12, atol=1e-12)
     assert_close(left.mT @ left, right @ right.mT, rtol=1e-10, atol=1e-12)
-    assert chain.nuclear_bound((left, right)).item() == pytest.approx(W_NUCLEAR, abs=1e-10)
+    assert chain.bound(chain.decay_grams((left, right))).item() == pytest.approx(W_NUCLEAR, abs=1e-10)
     assert chain.non_orthogonality((left, right)).max() < 1e-10
 
 
@@ -117,9 +117,9 @@ def test_no_direction_dies_when_the_product_lacks_it(dead):
     assert ((gradient @ b.mT).norm(dim=0) + (a.mT @ gradient).norm(dim=1) > 1e-3).all()
 
 
-def test_factorize_takes_a_rank_above_the_matrix():
+def test_a_dense_matrix_takes_a_rank_above_its_own():
     matrix = torch.randn(4, 3, dtype=torch.float64)
-    left, right = chain.factorize(matrix, 7)
+    left, right = chain.balance([matrix], 7)
     assert left.shape == (4, 7) and right.shape == (7, 3)
     assert_close(left @ right, matrix)
     assert (left[:, 3:] == 0).all() and (right[3:].norm(dim=1) > 0).all()

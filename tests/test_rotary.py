@@ -106,9 +106,8 @@ def test_balance_makes_planes_equal_and_keeps_the_scores():
     assert {f.kind for f in fnl_hf.factorizations(model)} == {"rotary-qk", "ov"}
     assert_close(output(model, IDS), before, rtol=1e-4, atol=1e-5)
     product = next(f for f in fnl_hf.factorizations(model) if f.kind == "rotary-qk")
-    queries, keys = product.augmented()
-    of_queries = rotary._summed_to(rotary._sizes(queries), keys)
-    assert_close(of_queries, rotary._sizes(keys), rtol=1e-4, atol=1e-6)
+    of_queries, of_keys, _ = rotary.decay_grams(product.augmented())
+    assert_close(of_queries, of_keys, rtol=1e-4, atol=1e-6)
 
 
 def test_grouped_values_reduce_to_the_best_shared_basis():

@@ -1,13 +1,10 @@
 """Forms: how a matrix that a model uses but never stores follows from its factors.
 
-A form is a module of pure functions of tensors with these names:
-
-    product, squared_norm, decay_gradients, add_decay_, decay_grams, spectrum, bound, imbalance, stiffness, balance,
-    carry, leading, batched, change_basis
-
-A new form (Tucker, tensor train) is one more module here; nothing above this floor asks which form it holds.
+A form is a module of pure functions of tensors, and ``Form`` says which and what they mean. ``chain`` is a product of
+matrices, of one (a dense matrix), two, three or more; ``rotary`` is queries and keys that turn with their positions.
 """
 
 from . import chain, rotary
+from .form import Form
 
-__all__ = ["chain", "rotary"]
+__all__ = ["Form", "chain", "rotary"]

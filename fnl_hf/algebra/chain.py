@@ -1,20 +1,30 @@
-"""Chains: W = A_1 A_2 ⋯ A_n, batched over heads.
+"""Chains: W = A_1 A_2 ⋯ A_n, batched over heads. One factor is a dense matrix, two are U Vᵀ, three U M Vᵀ.
 
 A chain is a sequence of tensors, factor i of shape (*batch_i, r_{i-1}, r_i). Batch shapes broadcast: in grouped-query
 attention the g query heads of a group share one key, so Q is (G, g, d, h) and K is (G, 1, h, d), and whatever
-belongs to the shared factor sums over its group, exactly as autograd sums over a broadcast dimension.
+belongs to the shared factor sums over its group, exactly as autograd sums over a broadcast dimension. What a group
+shares comes after what it does not. The inner width of a chain is the narrowest of r_1 … r_{n-1}: its rank at most.
 
 Nothing here ever forms W (``product`` apart): norms and gradients go through the r x r Gram matrices, which cost
 O((m + n) r²) instead of O(m n r). Grams are accumulated in float32 or better whatever the factors' dtype.
 
-Sources: Khodak et al., ICLR 2021 (METHODS 1.1-1.3, 1.13, 1.14).
+``Form`` says what each function means for every form; the words here are those of chains. Frobenius decay and spectral
+factors: Khodak et al., *Initialization and Regularization of Factorized Neural Layers*, ICLR 2021.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
+
+from . import spectral
+from .tensors import SIDES, accumulating, check_sides, shared_axes, stack_groups, sum_to
+
+Grams = Sequence[tuple[Tensor | None, Tensor | None]]
+
+has_matrix = True
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:
@@ -23,33 +33,31 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def squared_norm(factors: Sequence[Tensor]) -> Tensor:
-    """Σ ‖A_1 ⋯ A_n‖²_F over the batch, a scalar (differentiable), from Grams: ⟨P, A_n A_nᵀ⟩ (METHODS 1.2)."""
-    *first, last = map(_accumulating, factors)
-    left = _left_grams([*first, last])[-1]
-    right = last @ last.mT
-    if left is None:  # a chain of one factor
-        return right.diagonal(dim1=-2, dim2=-1).sum()
-    return (_sum_to(left, right) * right).sum()
+    """Σ ‖A_1 ⋯ A_n‖²_F over the batch, a scalar (differentiable).
+
+    From Grams: ‖B A_n‖²_F = tr(A_nᵀ BᵀB A_n) = ⟨BᵀB, A_n A_nᵀ⟩ with B = A_1 ⋯ A_{n-1}.
+    """
+    *first, last = working = [accumulating(factor) for factor in factors]
+    if not first:
+        return last.square().sum()
+    return (sum_to(_left_grams(working)[-1], last) * (last @ last.mT)).sum()
 
 
-def decay_gradients(factors: Sequence[Tensor], grams: list | None = None) -> list[Tensor]:
-    """The gradients of ½ Σ ‖A_1 ⋯ A_n‖²_F, one per factor and of its shape.
+def decay_gradients(factors: Sequence[Tensor], grams: Grams | None = None) -> list[Tensor]:
+    """The gradients of ½ Σ ‖A_1 ⋯ A_n‖²_F, one per factor and of its shape and dtype.
 
     One rule for every length: ∂A_i = P_i A_i S_i with the left Gram P_i = (A_1⋯A_{i-1})ᵀ(A_1⋯A_{i-1}) and the right
-    Gram S_i = (A_{i+1}⋯A_n)(A_{i+1}⋯A_n)ᵀ, each built from its neighbour in one small product.
-
-    Args:
-        grams: what ``decay_grams(factors)`` returned, where the caller has it.
+    Gram S_i = (A_{i+1}⋯A_n)(A_{i+1}⋯A_n)ᵀ, each built from its neighbour in one small product. For U Vᵀ these are the
+    paper's U VᵀV and V UᵀU; for one factor W it is W.
     """
+    if len(factors) == 1:
+        return [factors[0].clone()]
     grams = decay_grams(factors) if grams is None else grams
     return [_gradient(factor, *pair) for factor, pair in zip(factors, grams, strict=True)]
 
 
 def add_decay_(
-    factors: Sequence[Tensor],
-    targets: Sequence[Tensor | None],
-    scales: Sequence[float],
-    grams: Sequence[tuple[Tensor | None, Tensor | None]],
+    factors: Sequence[Tensor], targets: Sequence[Tensor | None], scales: Sequence[float], grams: Grams
 ) -> None:
     """targets_i += scales_i · ∂A_i in place, None targets left out: ``decay_gradients`` with few temporaries.
 
@@ -67,163 +75,193 @@ def add_decay_(
 
 def decay_grams(factors: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor | None]]:
     """(P_i, S_i) of every factor, None for an identity; summed over a group wherever its factor is shared."""
-    working = [_accumulating(factor) for factor in factors]
-    pairs = zip(_left_grams(working), _right_grams(working), strict=True)
-    if len(factors) > 2:  # inside a longer chain P and S both depend on the group: their product is summed instead
-        return list(pairs)
-    return [
-        tuple(None if gram is None else _sum_to(gram, factor) for gram in pair)
-        for factor, pair in zip(factors, pairs, strict=True)
-    ]
+    working = [accumulating(factor) for factor in factors]
+    pairs = zip(factors, _left_grams(working), _right_grams(working), strict=True)
+    return [(_of_group(left, right, factor), _of_group(right, left, factor)) for factor, left, right in pairs]
 
 
-def spectrum(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """Singular values of the product in descending order, (*batch, r), from its Grams.
+def spectrum(grams: Grams) -> Tensor:
+    """Singular values of the product in descending order, (*batch, inner width), float64, from its Grams.
 
-    σ² are the eigenvalues of P S. Right to about 1e-8 of the largest for float64 Grams, 1e-4 for float32: for
-    measuring, where ``singular_values`` takes the QR of the factors.
+    W = B C, split at the narrowest joint, has the σ² of WWᵀ = B CCᵀ Bᵀ: the eigenvalues of P S with P = BᵀB and
+    S = CCᵀ. Right to about 1e-8 of the largest for float64 Grams, 1e-4 for float32: for measuring, where
+    ``singular_values`` takes the QR of the factors. Over a group, those of its stacked matrix; batch as for ``bound``.
+
+    Raises:
+        ValueError: The Grams are those of one factor, which says nothing about its spectrum.
     """
-    left, right = grams[-1][0].double(), grams[-2][1].double()
+    left, right = (gram.double() for gram in _at_joint(grams))
     values, vectors = torch.linalg.eigh(right)
     root = vectors * values.clamp_min(0).sqrt()[..., None, :]
     return torch.linalg.eigvalsh(root.mT @ left @ root).clamp_min(0).sqrt().flip(-1)
 
 
-def bound(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """``nuclear_bound`` from Grams, a scalar: ½ (tr P + tr S). At least the sum of ``spectrum``, tight at balance."""
-    return (_trace(grams[-1][0]).sum() + _trace(grams[-2][1]).sum()) / 2
+def bound(grams: Grams) -> Tensor:
+    """½ (‖B‖² + ‖C‖²) summed over the batch, a scalar: at least the sum of ``spectrum``, tight at balance.
+
+    W = B C, split at the narrowest joint. For two factors it is what weight decay on both bounds the nuclear norm by
+    (Srebro & Shraibman, *Rank, trace-norm and max-norm*, COLT 2005).
+
+    Raises:
+        ValueError: One factor has no joint.
+    """
+    left, right = _at_joint(grams)
+    return (_trace(left).sum() + _trace(right).sum()) / 2
 
 
-def imbalance(grams: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """‖P − S‖_F / (‖P‖_F + ‖S‖_F) of the outer factors' Grams, (*batch): zero where they are balanced, at most 1."""
-    left, right = grams[-1][0], grams[-2][1]
+def imbalance(grams: Grams) -> Tensor:
+    """‖P − S‖_F / (‖P‖_F + ‖S‖_F) at the narrowest joint, (*batch): zero where balanced, at most 1.
+
+    Raises:
+        ValueError: One factor has no joint.
+    """
+    left, right = _at_joint(grams)
     norm = torch.linalg.matrix_norm
     return norm(left - right) / (norm(left) + norm(right)).clamp_min(torch.finfo(left.dtype).tiny)
 
 
-def stiffness(grams: Sequence[tuple[Tensor | None, Tensor | None]], exact: bool = False) -> Tensor:
-    """How much larger than its factor a decay gradient can be, max ‖P_i‖₂ ‖S_i‖₂, a scalar; unless exact, a bound."""
-    size = _largest_eigenvalue if exact else _trace
-    return torch.stack([reduce(torch.mul, [size(g).max() for g in pair if g is not None]) for pair in grams]).max()
+def stiffness(grams: Grams, exact: bool = False) -> Tensor:
+    """(n − 1) max ‖P_i‖₂ ‖S_i‖₂ of n factors (1 of a single one), a scalar; unless exact, an upper bound by traces.
+
+    ‖P_i‖₂ ‖S_i‖₂ is how much larger than its factor a decay gradient can be. For one and two factors a decoupled step
+    of rate · stiffness < 1 never raises the norm of the product. All factors of a longer chain move at once, and
+    their steps compound: without n − 1, the squared norm of some chains of three grew up to sixfold in a step; with it, a
+    search by gradient found none of three, four or five that grew.
+    """
+    if len(grams) == 1:  # the gradient is the factor
+        return torch.ones(())
+    norm = _largest_eigenvalue if exact else _trace
+    sizes = [reduce(torch.mul, [norm(gram).max() for gram in pair if gram is not None]) for pair in grams]
+    return torch.stack(sizes).max() * (len(grams) - 1)
 
 
 def singular_values(factors: Sequence[Tensor]) -> Tensor:
-    """Singular values of the product, (*batch, k) in descending order, from the r x r core of two QRs."""
-    left, right = _two(factors)
-    core, _, _ = _core(left, right)
-    return torch.linalg.svdvals(core)
+    """Singular values of the product in descending order, (*batch, rank) with the rank of ``size``.
 
-
-def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
-    """Σ ‖A_1 ⋯ A_n‖_* over the batch, a scalar."""
-    return singular_values(factors).sum()
-
-
-def nuclear_bound(factors: Sequence[Tensor]) -> Tensor:
-    """½ (‖A_1‖² + ‖A_n‖²), a scalar: what weight decay on two factors bounds the nuclear norm by (Srebro & Shraibman).
-
-    Tight exactly where the factors are balanced. Only chains of two factors have this bound.
+    One factor: its SVD. More: the r x r core of two QRs, filled up with zeros where r exceeds the matrix. Over a
+    group, those of its stacked matrix, (*batch, 1, rank).
     """
-    if len(factors) != 2:
-        raise ValueError(f"the nuclear bound is defined for two factors, got a chain of {len(factors)}")
-    return sum(_accumulating(factor).square().sum() for factor in factors) / 2
+    if len(factors) == 1:
+        return torch.linalg.svdvals(accumulating(factors[0]))
+    small, _, _ = spectral.core(*_halves(factors))
+    values = torch.linalg.svdvals(small)
+    values = torch.nn.functional.pad(values, (0, size(factors)[1] - values.shape[-1]))
+    return values.reshape(*factors[-1].shape[:-2], values.shape[-1])
 
 
 def non_orthogonality(factors: Sequence[Tensor]) -> Tensor:
-    """‖G − diag G‖_F / ‖G‖_F for G = A_1ᵀA_1 and G = A_nA_nᵀ, (2, *batch): zero for spectral factors."""
-    left, right = _two(factors)
+    """‖G − diag G‖_F / ‖G‖_F of both sides' Grams, (2, *batch): zero for spectral factors.
+
+    The paper's metric of how far factors are from orthogonal is the mean of the two. Beyond the ``Form``: for chains
+    of two or more factors, split at the narrowest joint.
+    """
+    left, right = _halves(factors)
     grams = torch.stack([left.mT @ left, right @ right.mT])
     off_diagonal = grams - torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
     return torch.linalg.matrix_norm(off_diagonal) / torch.linalg.matrix_norm(grams)
 
 
-def factorize(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Balanced factors (*batch, m, rank), (*batch, rank, n) of the best rank-``rank`` approximation of a dense matrix.
-
-    W = A Σ Bᵀ gives A_r Σ_r^½ and Σ_r^½ B_rᵀ (spectral initialisation). ``rank`` may exceed min(m, n): the surplus
-    columns are zero in one factor only, or they could never learn (METHODS 1.11 O2).
-    """
-    left, sigma, right = torch.linalg.svd(_accumulating(matrix), full_matrices=False)
-    return _split_spectrum(left, sigma, right, rank, scale=None, dtype=matrix.dtype)
+def size(factors: Sequence[Tensor]) -> tuple[int, int]:
+    """(matrices, rank): the entries of the first factor's batch, and the inner width, or min(m, n) of one factor."""
+    return math.prod(factors[0].shape[:-2]), min(_widths(factors) or factors[0].shape[-2:])
 
 
-def balance(factors: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """Balanced factors of the product of two factors, truncated to the best rank ``rank`` where that is smaller.
+def balance(factors: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor, ...]:
+    """Balanced factors of the best approximation of rank ``rank`` of the product (spectral initialisation).
 
     Args:
-        factors: ``(A, B)`` of shapes (*batch, m, r) and (*batch, r, n). Over a group that shares B, all its A are
-            stacked, which gives the best basis that the group can share.
-        rank: at most r; r if not given, and then the product does not change.
+        factors: One factor W gives two, A Σ^½ and Σ^½ Bᵀ of its SVD. Two give two. More give as many, of one width,
+            with identities inside (the paper's deep factors: U Σ^½, I, Σ^½ Vᵀ). Over a group that shares what follows
+            the first factor, those are stacked, which gives the best basis that the group can share.
+        rank: At most the inner width, and that if not given: then the product does not change. Of one factor, any
+            rank, min(m, n) if not given; above that the surplus columns are zero in the left factor only.
 
     Returns:
-        ``(A', B')`` of shapes (*batch, m, rank), (*batch, rank, n) with A'ᵀA' = B'B'ᵀ = Σ, the leading singular values.
+        Factors with A'ᵀA' = B'B'ᵀ = Σ, the leading singular values, for the outer two A' and B'.
 
-    The m x n product is never formed. With Grams AᵀA = L_a L_aᵀ and BBᵀ = L_b L_bᵀ the small matrix L_aᵀ L_b = P Σ Qᵀ
-    holds the product's spectrum, and A' = A L_a^{-T} P Σ^½, B' = Σ^½ Qᵀ L_b^{-1} B (METHODS 1.14). Where the factors
-    are too ill-conditioned for that, two QRs and the SVD of R_a R_bᵀ do the same (METHODS 1.1).
+    Raises:
+        ValueError: A rank outside these bounds.
     """
-    dtype = factors[0].dtype
-    left, right = stack_groups(*map(_accumulating, factors))
-    rank = left.shape[-1] if rank is None else rank
-    if not 1 <= rank <= left.shape[-1]:
-        raise ValueError(f"rank {rank} is outside 1..{left.shape[-1]}, the width of the factors")
-    gauges = _gauges_from_grams(left, right, rank)
-    balanced = (
-        (left @ gauges[0], gauges[1] @ right) if gauges else _balance_by_qr(left.double(), right.double(), rank, dtype)
-    )
-    shapes = (*factors[0].shape[:-1], rank), (*factors[1].shape[:-2], rank, factors[1].shape[-1])
-    return tuple(factor.to(dtype).reshape(shape) for factor, shape in zip(balanced, shapes, strict=True))
-
-
-def carry(before: Sequence[Tensor], after: Sequence[Tensor], moments: Sequence[Tensor], power: int) -> list[Tensor]:
-    """An optimizer's moments of two factors, carried to the factors that took their place.
-
-    Args:
-        before, after: The factors (A, B), and (A G, H B) of equal or lower rank.
-        moments: One per factor of ``before``, of its shape.
-        power: 1 for sums of gradients, 2 for sums of their squares.
-
-    With P the gradient of the product, that of A is P Bᵀ and that of A G is P (H B)ᵀ = (P Bᵀ) Hᵀ: the gradient of one
-    factor changes by the gauge of the other, exactly so for anything linear in it. Squares follow the squared gauge,
-    which is their expectation where the entries of a gradient are uncorrelated.
-    """
-    (left, right), (new_left, new_right) = ([f.double() for f in stack_groups(*pair)] for pair in (before, after))
-    gauges = torch.linalg.pinv(left) @ new_left, new_right @ torch.linalg.pinv(right)  # G, H
-    if before[0].shape[:-2] != before[1].shape[:-2]:  # of a group, whose left factors were stacked
-        gauges = [gauge.unsqueeze(-3) for gauge in gauges]
-    of_left, of_right = (gauge.mT.pow(power) for gauge in gauges)
-    carried = moments[0].double() @ of_right, of_left @ moments[1].double()
-    return [new.to(old.dtype) for new, old in zip(carried, moments, strict=True)]
+    first, last, largest = factors[0], factors[-1], size(factors)[1]
+    if len(factors) == 1:
+        _check_rank(largest if rank is None else rank)
+        return spectral.of_matrix(first, largest if rank is None else rank)
+    rank = largest if rank is None else rank
+    _check_rank(rank, largest)
+    left, right = spectral.of_product(*_halves(factors), rank, first.dtype)
+    left, right = left.reshape(*first.shape[:-1], rank), right.reshape(*last.shape[:-2], rank, last.shape[-1])
+    identity = torch.eye(rank, dtype=first.dtype, device=first.device).expand(*last.shape[:-2], rank, rank)
+    return left, *(identity.clone() for _ in factors[1:-1]), right
 
 
 def leading(factors: Sequence[Tensor], rank: int) -> list[Tensor]:
-    """The first ``rank`` columns of A and rows of B, copied."""
-    left, right = factors
-    return [left[..., :rank].clone(), right[..., :rank, :].clone()]
+    """The first ``rank`` features of every joint, copied: columns of A, rows of B. One factor W is cut as W · I.
+
+    Raises:
+        ValueError: A rank below 1, or above the inner width of two or more factors.
+    """
+    if len(factors) == 1:
+        _check_rank(rank)
+        (matrix,), columns = factors, factors[0].shape[-1]
+        identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+        left, right = spectral.surplus(matrix, identity, rank)
+        return [left[..., :rank].clone(), right[..., :rank, :].clone()]
+    _check_rank(rank, size(factors)[1])
+    first, *inner, last = factors
+    return [first[..., :rank].clone(), *(f[..., :rank, :rank].clone() for f in inner), last[..., :rank, :].clone()]
+
+
+def carry(before: Sequence[Tensor], after: Sequence[Tensor], moments: Sequence[Tensor], power: int) -> list[Tensor]:
+    """An optimizer's moments of a chain, carried to the factors that took its place.
+
+    With P the gradient of the product, that of A_i is (A_1⋯A_{i-1})ᵀ P (A_{i+1}⋯A_n)ᵀ. From one factor W, whose own
+    gradient is P, this gives that of every new one. From as many factors, new products before and after A_i are
+    A_1'⋯A_{i-1}' = A_1⋯A_{i-1} G and A_{i+1}'⋯A_n' = H A_{i+1}⋯A_n, so its gradient becomes Gᵀ ∂A_i Hᵀ. Both hold
+    exactly for anything linear in the gradient. Squares follow the squared entries of these maps, which is their
+    expectation where the entries of a gradient are uncorrelated.
+
+    Raises:
+        ValueError: The numbers of factors differ, and there is more than one before.
+    """
+    if len(before) == 1:
+        return _carry_dense(after, moments[0].double(), power, moments[0].dtype)
+    if len(before) != len(after):
+        raise ValueError(f"moments of {len(before)} factors do not determine those of {len(after)} others")
+    carried = [moment.double() for moment in moments]
+    for joint in range(1, len(before)):
+        of_right, of_left = (gauge.mT.pow(power) for gauge in _gauges(before, after, joint))
+        carried[joint - 1] = carried[joint - 1] @ of_left
+        carried[joint] = of_right @ carried[joint]
+    return [new.to(old.dtype) for new, old in zip(carried, moments, strict=True)]
 
 
 def batched(factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The factors as (B, r_{i-1}, r_i): batch dimensions flattened, a group's left factors stacked."""
-    *inner, last = factors
-    stacked = [stack_groups(inner[0], last)[0], *(stack_groups(inner[0], factor)[1] for factor in (*inner[1:], last))]
-    return tuple(factor.reshape(-1, *factor.shape[-2:]) for factor in stacked)
+    """The factors as (B, r_{i-1}, r_i), live: batch dimensions flattened, a group's first factors stacked."""
+    first, *others = factors
+    _check_batches(factors)
+    if others:
+        pairs = [stack_groups(first, factor) for factor in others]
+        factors = [pairs[0][0], *(right for _, right in pairs)]
+    return tuple(factor.reshape(-1, *factor.shape[-2:]) for factor in factors)
 
 
-def change_basis(factors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """The same product of two factors in a random, well-conditioned basis: A G and G⁻¹ B."""
-    left, right = factors
-    shape = (*right.shape[:-1], right.shape[-2])  # one G per batch entry of the shared side
-    orthogonal, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=right.dtype).to(right.device))
-    scale = torch.exp(2 * torch.rand(shape[:-1], generator=generator, dtype=right.dtype).to(right.device) - 1)
-    return [left @ (orthogonal * scale[..., None, :]), (orthogonal.mT / scale[..., :, None]) @ right]
+def change_basis(factors: Sequence[Tensor], generator: torch.Generator, sides: Collection[str] = SIDES) -> list[Tensor]:
+    """A G and G⁻¹ B at every joint, with random G of condition at most e²; ``sides`` names which of them are applied.
+
+    A factor between two joints takes both. One factor has no joint and comes back as it is.
+    """
+    check_sides(sides)
+    changed = [accumulating(factor) for factor in factors]
+    for i, (left, right) in enumerate(zip(factors[:-1], factors[1:], strict=True)):
+        gauge, inverse = _random_gauge(left, right, generator)
+        if "left" in sides:
+            changed[i] = changed[i] @ gauge
+        if "right" in sides:
+            changed[i + 1] = inverse @ changed[i + 1]
+    return [new.to(old.dtype) for new, old in zip(changed, factors, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------
-
-
-def _accumulating(tensor: Tensor) -> Tensor:
-    """float32 or better: half-precision Grams are wrong in the third digit (METHODS 1.9)."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _trace(gram: Tensor) -> Tensor:
@@ -232,12 +270,6 @@ def _trace(gram: Tensor) -> Tensor:
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram.double())[..., -1]
-
-
-def _sum_to(gram: Tensor, like: Tensor) -> Tensor:
-    """Sum a Gram over the batch dimensions along which ``like`` is shared."""
-    shared = [i for i, (n, size) in enumerate(zip(gram.shape[:-2], like.shape[:-2], strict=True)) if size == 1 < n]
-    return gram.sum(shared, keepdim=True) if shared else gram
 
 
 def _add_product_(target: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> None:
@@ -253,7 +285,7 @@ def _add_product_(target: Tensor, pair: tuple[Tensor, Tensor], scale: float) -> 
 
 def _gradient(factor: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """P A S, of the factor's shape and dtype."""
-    gradient = _accumulating(factor)
+    gradient = accumulating(factor)
     gradient = gradient if left is None else left @ gradient
     gradient = gradient if right is None else gradient @ right
     return gradient.sum_to_size(factor.shape).to(factor.dtype)
@@ -272,74 +304,90 @@ def _right_grams(factors: Sequence[Tensor]) -> list[Tensor | None]:
     return _left_grams([factor.mT for factor in reversed(factors)])[::-1]
 
 
-def _two(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Any chain as two factors (*batch, m, r), (*batch, r, n); a shared group is stacked, so that batches agree."""
-    *first, last = map(_accumulating, factors)
-    left = product(first)
-    return stack_groups(left, last)
+def _of_group(gram: Tensor | None, other: Tensor | None, factor: Tensor) -> Tensor | None:
+    """A factor's Gram, summed over a group that shares the factor; if its other Gram differs there too, P A S is."""
+    if gram is None or (other is not None and shared_axes(other, factor)):
+        return gram
+    return sum_to(gram, factor)
 
 
-def stack_groups(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """(…, G, g, m, r) and (…, G, 1, r, n) as (…, G, g·m, r) and (…, G, r, n): one matrix per group (METHODS 1.13)."""
-    if left.shape[:-2] == right.shape[:-2]:
-        return left, right
-    return left.flatten(-3, -2), right.squeeze(-3)
+def _at_joint(grams: Grams) -> tuple[Tensor, Tensor]:
+    """P and S of what lies on the two sides of the narrowest joint (the last of them), one per group."""
+    if len(grams) < 2:
+        raise ValueError("a chain of one factor is a dense matrix, whose Grams say nothing: take its singular_values")
+    joint = _narrowest([left.shape[-1] for left, _ in grams[1:]])
+    left, right = grams[joint][0], grams[joint - 1][1]
+    return sum_to(left, right), right
 
 
-def _core(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """left @ right = Q_l (R_l R_rᵀ) Q_rᵀ: the small core, Q_l and Q_rᵀ."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.mT)
-    return r_left @ r_right.mT, q_left, q_right.mT
+def _widths(factors: Sequence[Tensor]) -> list[int]:
+    """r_1 … r_{n-1}"""
+    return [factor.shape[-1] for factor in factors[:-1]]
 
 
-def _balance_by_qr(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``balance`` for any two float64 factors, however ill-conditioned."""
-    core, left_basis, right_basis = _core(left, right)
-    p, sigma, qt = torch.linalg.svd(core, full_matrices=False)
-    # A direction that the product lacks stays alive in the right factor, at that factor's typical size.
-    scale = torch.ones_like(sigma[..., 0])
-    for size in (torch.linalg.matrix_norm(left), torch.linalg.matrix_norm(right)):
-        scale = torch.where(size > 0, size / left.shape[-1] ** 0.5, scale)
-    return _split_spectrum(left_basis @ p, sigma, qt @ right_basis, rank, scale, dtype)
+def _narrowest(widths: Sequence[int]) -> int:
+    """How many factors are to the left of the narrowest joint, the last of equals."""
+    return max(i for i, width in enumerate(widths, start=1) if width == min(widths))
 
 
-def _gauges_from_grams(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """The r x rank and rank x r changes of basis that balance a product, or None where Grams lose too many digits."""
-    double = left.double(), right.double()
-    grams = double[0].mT @ double[0], double[1] @ double[1].mT
-    (chol_left, chol_right), infos = zip(*(torch.linalg.cholesky_ex(gram) for gram in grams), strict=True)
-    if any(info.any() for info in infos):
-        return None
-    identity = torch.eye(left.shape[-1], dtype=torch.float64, device=left.device).expand_as(chol_left)
-    inverses = [torch.linalg.solve_triangular(chol, identity, upper=False) for chol in (chol_left, chol_right)]
-    # ‖L‖‖L⁻¹‖ is r for orthogonal columns. The gauges are applied in the factors' own precision, where an error of
-    # that size times the rounding unit appears: ten times r is invisible, more goes through QR in float64.
-    for chol, inverse in zip((chol_left, chol_right), inverses, strict=True):
-        condition = torch.linalg.matrix_norm(chol) * torch.linalg.matrix_norm(inverse)
-        if not bool((condition <= 10 * left.shape[-1]).all()):
-            return None
-    p, sigma, qt = torch.linalg.svd(chol_left.mT @ chol_right)
-    root = sigma[..., :rank].sqrt()
-    left_gauge = inverses[0].mT @ (p[..., :rank] * root[..., None, :])  # (*batch, r, rank)
-    right_gauge = (root[..., :, None] * qt[..., :rank, :]) @ inverses[1]  # (*batch, rank, r)
-    return left_gauge.to(left.dtype), right_gauge.to(right.dtype)
+def _halves(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A chain of two or more as two factors (*batch, m, r), (*batch, r, n), split at its narrowest joint.
+
+    A shared group is stacked, so that batches agree. Products inside a longer chain are taken in float64.
+    """
+    if len(factors) == 1:
+        raise ValueError("a chain of one factor is a dense matrix and has no two sides")
+    if len(factors) == 2:
+        return stack_groups(*map(accumulating, factors))
+    _check_batches(factors)
+    joint, doubles = _narrowest(_widths(factors)), [factor.double() for factor in factors]
+    return stack_groups(product(doubles[:joint]), product(doubles[joint:]))
 
 
-def _split_spectrum(left: Tensor, sigma: Tensor, right: Tensor, rank: int, scale: Tensor | None, dtype: torch.dtype):
-    """A_r Σ_r^½ and Σ_r^½ B_rᵀ; where σ = 0, only the left is zero: with both, the direction could never learn."""
-    missing = rank - sigma.shape[-1]
-    if missing > 0:  # a rank above min(m, n): continue both bases by unit vectors, with singular value zero
-        sigma = torch.nn.functional.pad(sigma, (0, missing))
-        left = torch.nn.functional.pad(left, (0, missing))
-        cycle = torch.arange(missing, device=right.device) % right.shape[-1]
-        surplus = torch.nn.functional.one_hot(cycle, right.shape[-1]).to(right)
-        right = torch.cat([right, surplus.expand(*right.shape[:-2], *surplus.shape)], dim=-2)
-    left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
-    root = sigma.sqrt()
-    if scale is None:
-        scale = root.square().mean(-1).sqrt()
-    alive = sigma > sigma[..., :1] * sigma.shape[-1] * torch.finfo(dtype).eps
-    left_root = torch.where(alive, root, 0.0)
-    right_root = torch.where(alive, root, scale[..., None])
-    return (left * left_root[..., None, :]).to(dtype), (right_root[..., :, None] * right).to(dtype)
+def _gauges(before: Sequence[Tensor], after: Sequence[Tensor], joint: int) -> tuple[Tensor, Tensor]:
+    """G and H at a joint: the new product before it is the old one times G, and after it H times the old one."""
+    sides = []
+    for factors in (before, after):
+        _check_batches(factors)
+        doubles = [factor.double() for factor in factors]
+        sides.append(stack_groups(product(doubles[:joint]), product(doubles[joint:])))
+    (left, right), (new_left, new_right) = sides
+    rtol = None if len(before) == 2 else 1e-12  # a product inside a longer chain may lack rank
+    gauges = torch.linalg.pinv(left, rtol=rtol) @ new_left, new_right @ torch.linalg.pinv(right, rtol=rtol)
+    grouped = before[0].shape[:-2] != before[-1].shape[:-2]  # the first factors of a group were stacked
+    return tuple(gauge.unsqueeze(-3) for gauge in gauges) if grouped else gauges
+
+
+def _carry_dense(after: Sequence[Tensor], moment: Tensor, power: int, dtype: torch.dtype) -> list[Tensor]:
+    """The moments of every factor from those of the matrix they make, in float64."""
+    factors, carried = [factor.double() for factor in after], []
+    for i, factor in enumerate(factors):
+        of_factor = moment.clone()
+        if i > 0:
+            of_factor = product(factors[:i]).mT.pow(power) @ of_factor
+        if i + 1 < len(factors):
+            of_factor = of_factor @ product(factors[i + 1 :]).mT.pow(power)
+        carried.append(of_factor.sum_to_size(factor.shape).to(dtype))
+    return carried
+
+
+def _random_gauge(left: Tensor, right: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """G and G⁻¹ for a joint, orthogonal times diagonal: one per batch entry of what is shared."""
+    batch = [min(sizes) for sizes in zip(left.shape[:-2], right.shape[:-2], strict=True)]
+    shape, dtype, device = (*batch, right.shape[-2], right.shape[-2]), accumulating(right).dtype, right.device
+    orthogonal, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=dtype).to(device))
+    scale = torch.exp(2 * torch.rand(shape[:-1], generator=generator, dtype=dtype).to(device) - 1)
+    return orthogonal * scale[..., None, :], orthogonal.mT / scale[..., :, None]
+
+
+def _check_rank(rank: int, largest: int | None = None) -> None:
+    if rank < 1 or (largest is not None and rank > largest):
+        bounds = "less than 1" if largest is None else f"outside 1..{largest}, the width of the factors"
+        raise ValueError(f"rank {rank} is {bounds}")
+
+
+def _check_batches(factors: Sequence[Tensor]) -> None:
+    """A group shares every factor after the first, or nothing: only then is it one stacked matrix."""
+    batches = {tuple(factor.shape[:-2]) for factor in factors[1:]}
+    if len(batches) > 1:
+        raise ValueError(f"the factors after the first have batches {sorted(batches)}, where they must have one")
