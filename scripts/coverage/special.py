@@ -16,7 +16,7 @@ def special_inputs(d: Draws) -> dict[str, Any] | None:
     return inputs(d) if inputs else None
 
 
-def _time_series(d):
+def _time_series(d: Draws) -> dict[str, Any]:
     return {
         "past_values": d.randn(2, 10),
         "past_time_features": d.randn(2, 10, 2),
@@ -26,7 +26,7 @@ def _time_series(d):
     }
 
 
-def _omni_audio(d):
+def _omni_audio(d: Draws) -> dict[str, Any]:
     return {
         "input_features": d.randn(d.mels, 64),
         "feature_lens": torch.tensor([64]),
@@ -34,7 +34,7 @@ def _omni_audio(d):
     }
 
 
-def _siglip2(d):
+def _siglip2(d: Draws) -> dict[str, Any]:
     return {
         "pixel_values": d.randn(2, 16, 3 * 64),
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
@@ -42,36 +42,36 @@ def _siglip2(d):
     }
 
 
-def _flattened_patches(d):
+def _flattened_patches(d: Draws) -> dict[str, Any]:
     width = nearest(d.config, "patch_embed_hidden_size", default=HIDDEN)
     place = torch.tensor([[i // 3 + 1, i % 3 + 1] for i in range(6)]).float().expand(2, 6, 2)
     return {"flattened_patches": torch.cat([place, d.randn(2, 6, width)], -1)}
 
 
-def _one_image(d, shape, **more):
+def _one_image(d: Draws, shape: tuple[int, ...], **more: Any) -> dict[str, Any]:
     return {"pixel_values": d.randn(*shape, *d.size), **more}
 
 
-def _tiles(d, count):
+def _tiles(d: Draws, count: int) -> dict[str, Any]:
     ones = torch.ones(1, 1, count, dtype=torch.long)
     return _one_image(d, (1, 1, count, 3), aspect_ratio_ids=ones[..., 0], aspect_ratio_mask=ones)
 
 
-def _kosmos(d):
+def _kosmos(d: Draws) -> dict[str, Any]:
     latents = nearest(d.config, "latent_query_num", default=16)
     mask = torch.zeros(2, latents + 6, dtype=torch.bool)
     mask[:, 2 : latents + 2] = True
     return _one_image(d, (2, 3), input_ids=d.ids(latents + 6), image_embeds_position_mask=mask)
 
 
-def _instructblip(d, frames=()):
+def _instructblip(d: Draws, frames: tuple[int, ...] = ()) -> dict[str, Any]:
     count = d.config.num_query_tokens * math.prod(frames or (1,))
     token = d.config.video_token_index if frames else d.config.image_token_index
     ids = torch.cat([torch.full((2, count), token), d.ids(6)], 1)
     return _one_image(d, (2, *frames, 3), input_ids=ids, qformer_input_ids=d.ids(6))
 
 
-def _detr_encoder(d):
+def _detr_encoder(d: Draws) -> dict[str, Any]:
     return {
         "vision_features": [d.randn(2, d.hidden, 4, 4)],
         "text_features": d.randn(2, 6, d.hidden),
@@ -80,7 +80,7 @@ def _detr_encoder(d):
     }
 
 
-def _detr_decoder(d):
+def _detr_decoder(d: Draws) -> dict[str, Any]:
     return {
         "vision_features": d.randn(2, 16, d.hidden),
         "text_features": d.randn(2, 6, d.hidden),
