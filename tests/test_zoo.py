@@ -10,11 +10,10 @@ import torch
 from torch.testing import assert_close
 
 import fnl_hf
+from scripts.coverage import build, outputs
+from scripts.coverage.survey import survey
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-attention_coverage = pytest.importorskip("attention_coverage")
-from tiny_models import build, outputs  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 # model type -> the kinds of its products; none claimed that a probe refutes
 KINDS = {
@@ -55,7 +54,7 @@ ROUND_TRIPS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", KINDS)
 def test_kinds_found_and_proven(model_type):
-    row = attention_coverage.survey(model_type)
+    row = survey(model_type)
     assert row["wrong"] == [] and row["missed"] == []
     assert set(row["products"]) == KINDS[model_type]
     assert all(len(reason) > 10 for reason in row["skipped"])
@@ -63,12 +62,13 @@ def test_kinds_found_and_proven(model_type):
 
 RELOAD = """
 import json, sys, torch
+from scripts.coverage import outputs
 {imports}
 from transformers import AutoModel
 import transformers
 for directory in json.loads(sys.argv[1]):
     cls = getattr(transformers, json.load(open(directory + "/config.json"))["architectures"][0])
-    model = cls.from_pretrained(directory, attn_implementation="eager").eval()  # as tiny_models builds them
+    model = cls.from_pretrained(directory, attn_implementation="eager").eval()  # as `build` makes them
     inputs = torch.load(directory + "/inputs.pt", weights_only=False)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -77,11 +77,9 @@ for directory in json.loads(sys.argv[1]):
 
 
 def reload_all(directories, name, imports):
-    code = RELOAD.format(
-        name=name, imports=f"sys.path.insert(0, {str(SCRIPTS)!r})\nfrom tiny_models import outputs\n{imports}"
-    )
+    code = RELOAD.format(name=name, imports=imports)
     arguments = [sys.executable, "-c", code, json.dumps([str(d) for d in directories])]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
