@@ -123,10 +123,9 @@ def imbalance(grams: Grams) -> Tensor:
 def stiffness(grams: Grams, exact: bool = False) -> Tensor:
     """(n − 1) max ‖P_i‖₂ ‖S_i‖₂ of n factors (1 of a single one), a scalar; unless exact, an upper bound by traces.
 
-    ‖P_i‖₂ ‖S_i‖₂ is how much larger than its factor a decay gradient can be. For one and two factors a decoupled step
-    of rate · stiffness < 1 never raises the norm of the product. All factors of a longer chain move at once, and
-    their steps compound: without n − 1, the squared norm of some chains of three grew up to sixfold in a step; with it, a
-    search by gradient found none of three, four or five that grew.
+    ‖P_i‖₂ ‖S_i‖₂ is how much larger than its factor a decay gradient can be. A decoupled step with rate · stiffness < 1
+    does not raise the norm of the product. In a longer chain the steps of all factors compound: without n − 1 the
+    squared norm of some chains of three grew sixfold in one step; with it, a search by gradient found none that grew.
     """
     if len(grams) == 1:  # the gradient is the factor
         return torch.ones(())
