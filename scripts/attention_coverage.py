@@ -26,7 +26,7 @@ import fnl_hf
 from fnl_hf.attention import find_attention
 from fnl_hf.planning import plan
 from fnl_hf.probe import UNREACHED, Recording
-from fnl_hf.running import write_json
+from fnl_hf.tasks.running import write_json
 
 
 @contextlib.contextmanager

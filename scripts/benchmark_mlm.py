@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.pretraining import (
+from fnl_hf.tasks.pretraining import (
     Blocks,
     Masking,
     MLMArguments,
@@ -47,8 +47,8 @@ from fnl_hf.pretraining import (
     shipped_file,
     train_tokenizer,
 )
-from fnl_hf.pretraining.model import MODEL_TYPES, SIZES
-from fnl_hf.running import write_json
+from fnl_hf.tasks.pretraining.model import MODEL_TYPES, SIZES
+from fnl_hf.tasks.running import write_json
 
 VARIANTS = ("stock", "ours", "ours, all logits")
 WARMUP = 3  # steps of a run that are not counted

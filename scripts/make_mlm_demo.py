@@ -1,4 +1,4 @@
-"""Make the text that ships in fnl_hf/pretraining/data from two novels in plain text.
+"""Make the text that ships in fnl_hf/tasks/pretraining/data from two novels in plain text.
 
     python scripts/make_mlm_demo.py Stevenson_Treasure_1883.txt Burnett_Lord_1886.txt
 
@@ -11,9 +11,9 @@ import lzma
 import os
 from pathlib import Path
 
-import fnl_hf.pretraining
-from fnl_hf.pretraining.text import bounded_lines
-from fnl_hf.running import run_main
+import fnl_hf.tasks.pretraining
+from fnl_hf.tasks.pretraining.text import bounded_lines
+from fnl_hf.tasks.running import run_main
 
 
 def paragraphs(path: str) -> list[str]:
@@ -34,7 +34,7 @@ def write_split(path: Path, novels: list[list[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("novels", nargs="+", help="plain text, one paragraph a line")
-    parser.add_argument("--output_dir", type=Path, default=Path(fnl_hf.pretraining.__file__).parent / "data")
+    parser.add_argument("--output_dir", type=Path, default=Path(fnl_hf.tasks.pretraining.__file__).parent / "data")
     parser.add_argument("--validation", type=float, default=0.05, help="share of every novel, from its end")
     args = parser.parse_args()
 

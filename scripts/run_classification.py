@@ -47,7 +47,7 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.finetuning import (
+from fnl_hf.tasks.finetuning import (
     FineTuner,
     Table,
     TableArguments,
@@ -62,7 +62,7 @@ from fnl_hf.finetuning import (
     read_table,
     set_max_steps,
 )
-from fnl_hf.running import (
+from fnl_hf.tasks.running import (
     InputError,
     announce,
     check_decay,

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import fnl_hf
-from fnl_hf.pretraining import (
+from fnl_hf.tasks.pretraining import (
     SENTENCES,
     Blocks,
     DataArguments,
@@ -63,7 +63,7 @@ from fnl_hf.pretraining import (
     tokenizer_digest,
     train_tokenizer,
 )
-from fnl_hf.running import (
+from fnl_hf.tasks.running import (
     InputError,
     announce,
     check_decay,

@@ -38,7 +38,7 @@ from pathlib import Path
 from transformers import AutoModelForQuestionAnswering, EvalPrediction, set_seed
 
 import fnl_hf
-from fnl_hf.finetuning import (
+from fnl_hf.tasks.finetuning import (
     FineTuner,
     Predictions,
     QAArguments,
@@ -56,7 +56,7 @@ from fnl_hf.finetuning import (
     set_max_steps,
     squad_scores,
 )
-from fnl_hf.running import (
+from fnl_hf.tasks.running import (
     InputError,
     announce,
     check_decay,

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.running import (
+from fnl_hf.tasks.running import (
     InputError,
     announce,
     average_checkpoints_,
@@ -65,7 +65,7 @@ from fnl_hf.running import (
     train,
     write_text,
 )
-from fnl_hf.translation import (
+from fnl_hf.tasks.translation import (
     DataArguments,
     ModelArguments,
     Pair,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..messages import say
 from .errors import InputError
+from .messages import say
 
 
 def complete_checkpoints(output_dir: str | Path, like: PreTrainedConfig | None = None) -> list[Path]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
+from fnl_hf import FNLTrainingArguments
+
 from ..running import InputError, check_arguments, one_line
-from ..training_arguments import FNLTrainingArguments
 from .model import MODEL_TYPES, SIZES
 from .tokenizer import TOKENIZER_TYPES
 

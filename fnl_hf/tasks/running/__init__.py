@@ -1,9 +1,5 @@
-"""What the training scripts share: errors for their user, text files, checkpoints, results.
+"""What the training scripts share: errors for their user, text files, checkpoints, results."""
 
-A side wing, as those that build on it: nothing in the library imports it.
-"""
-
-from ..messages import say
 from .checkpoints import (
     announce,
     average_checkpoints_,
@@ -13,6 +9,7 @@ from .checkpoints import (
     last_complete_checkpoint,
 )
 from .errors import InputError, one_line, parse_head_rank, run_main
+from .messages import say
 from .models import check_fit, load, longest_input, make_config
 from .results import report, resources_used, write_json, write_text
 from .text import open_text, read_lines

@@ -1,7 +1,4 @@
-"""Fine-tuning: question answering on the SQuAD layout and classification of tables, for `scripts/`.
-
-A side wing: beside transformers it uses the library's trainer and factorization, and nothing in the library imports it.
-"""
+"""Fine-tuning: question answering on the SQuAD layout and classification of tables, for `scripts/`."""
 
 from .answers import Predictions, predict_answers
 from .arguments import (

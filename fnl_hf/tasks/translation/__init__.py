@@ -1,7 +1,4 @@
-"""Translation: parallel corpora, a joint BPE tokenizer, token-sized batches and scoring, for `scripts/`.
-
-A side wing: beside transformers it uses the library's training arguments, and nothing in the library imports it.
-"""
+"""Translation: parallel corpora, a joint BPE tokenizer, token-sized batches and scoring, for `scripts/`."""
 
 from .arguments import DataArguments, ModelArguments, TranslationArguments, parse_arguments
 from .batching import TokenBatches, TokenBatchSampler, steps_of_epochs

@@ -3,9 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import FNLConfig
-from ..factorization import factorizations
-from ..patching import factorize
+from fnl_hf import FNLConfig, factorizations, factorize
+
 from ..running import InputError, load, one_line
 from .arguments import ModelArguments
 

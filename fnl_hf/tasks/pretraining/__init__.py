@@ -1,7 +1,4 @@
-"""Masked-LM pretraining: text, tokenizers, packed blocks, masks and presets of models, for `scripts/`.
-
-A side wing: beside transformers it uses the library's trainer, and nothing in the library imports it.
-"""
+"""Masked-LM pretraining: text, tokenizers, packed blocks, masks and presets of models, for `scripts/`."""
 
 from .arguments import DataArguments, MLMArguments, ModelArguments, check_phases, parse_arguments
 from .demonstration import SENTENCES, shipped_file

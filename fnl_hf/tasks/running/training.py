@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from ..factorization import factorizations
-from ..training_arguments import FNLArguments
+from fnl_hf import FNLTrainingArguments, factorizations
+
 from .errors import InputError, one_line
 from .models import load
 
@@ -26,7 +26,7 @@ def check_arguments(args: TrainingArguments) -> None:
             raise InputError(f"--{name}: {reason}.")
 
 
-def check_decay(args: FNLArguments, model: PreTrainedModel) -> None:
+def check_decay(args: FNLTrainingArguments, model: PreTrainedModel) -> None:
     """Raises `InputError` if there is nothing for the Frobenius decay to decay."""
     if args.frobenius_decay and not args.factorize_at and not factorizations(model):
         raise InputError(

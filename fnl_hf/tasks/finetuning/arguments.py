@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
+from fnl_hf import FNLTrainingArguments
+
 from ..running import InputError, check_arguments, one_line
-from ..training_arguments import FNLTrainingArguments
 
 
 @dataclass

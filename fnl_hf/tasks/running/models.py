@@ -6,7 +6,8 @@ from typing import Protocol
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import FNLConfig
+from fnl_hf import FNLConfig
+
 from .errors import InputError, one_line, parse_head_rank
 
 _POSITIONS_AFTER_PADDING = (

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
+from fnl_hf import FNLSeq2SeqTrainingArguments
+
 from ..running import InputError, check_arguments, one_line
-from ..training_arguments import FNLSeq2SeqTrainingArguments
 
 
 @dataclass
