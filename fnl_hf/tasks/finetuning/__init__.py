@@ -12,13 +12,9 @@ from .arguments import (
 from .metrics import check_metrics, classification_scores
 from .model import load_model, load_tokenizer
 from .scoring import squad_scores
-from .squad import Question, SquadFile, read_predictions, read_squad
-from .tables import Table, label_ids, label_names, read_table
-from .training import (
-    FineTuner,
-    padding,
-    set_max_steps,
-)
+from .squad import Question, SquadFile, read_predictions, read_squad, training_questions, validation_questions
+from .tables import Table, class_names, encode_table, label_ids, label_names, read_table, read_tables
+from .training import FineTuner, padding, set_max_steps
 from .windows import Window, encode_questions
 
 __all__ = [
@@ -33,8 +29,10 @@ __all__ = [
     "TableArguments",
     "Window",
     "check_metrics",
+    "class_names",
     "classification_scores",
     "encode_questions",
+    "encode_table",
     "label_ids",
     "label_names",
     "load_model",
@@ -46,6 +44,9 @@ __all__ = [
     "read_predictions",
     "read_squad",
     "read_table",
+    "read_tables",
     "set_max_steps",
     "squad_scores",
+    "training_questions",
+    "validation_questions",
 ]

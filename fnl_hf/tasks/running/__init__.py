@@ -1,45 +1,55 @@
-"""What the training scripts share: errors for their user, text files, checkpoints, results."""
+"""What the training scripts share: arguments, errors for their user, text files, checkpoints, and the job itself."""
 
+from .arguments import (
+    FactorizationArguments,
+    check_arguments,
+    check_factorization,
+    check_steps,
+    make_config,
+    parse,
+    parse_head_rank,
+)
 from .checkpoints import (
-    announce,
     average_checkpoints_,
     check_same_model,
     complete_checkpoints,
     is_finished,
     last_complete_checkpoint,
 )
-from .errors import InputError, one_line, parse_head_rank, run_main
+from .errors import InputError, one_line, one_line_errors, run_main
+from .job import Job
 from .messages import say
-from .models import check_fit, load, longest_input, make_config
-from .results import report, resources_used, write_json, write_text
-from .text import open_text, read_lines
-from .training import check_arguments, check_decay, load_finished, one_line_errors, train
+from .models import check_fit, load, load_trained, longest_input
+from .results import resources_used, write_json, write_text
+from .text import given_lines, open_text, read_lines
 
 __all__ = [
+    "FactorizationArguments",
     "InputError",
-    "announce",
+    "Job",
     "average_checkpoints_",
     "check_arguments",
-    "check_decay",
+    "check_factorization",
     "check_fit",
     "check_same_model",
+    "check_steps",
     "complete_checkpoints",
+    "given_lines",
     "is_finished",
     "last_complete_checkpoint",
     "load",
-    "load_finished",
+    "load_trained",
     "longest_input",
     "make_config",
     "one_line",
     "one_line_errors",
     "open_text",
+    "parse",
     "parse_head_rank",
     "read_lines",
-    "report",
     "resources_used",
     "run_main",
     "say",
-    "train",
     "write_json",
     "write_text",
 ]

@@ -9,13 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
-
-
-def report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
-    """Print metrics and write them to `<split>_results.json` and `all_results.json`."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
 
 
 def resources_used(started: float) -> dict[str, float]:
