@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     Trainer,
@@ -107,6 +106,8 @@ class Bench:
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }
         if variant == "stock":
+            from datasets import Dataset  # after fnl_hf.tasks, which says how to install it
+
             rows = [self.blocks[i].tolist() for i in range(min(len(self.blocks), 2000))]
             special = [[int(token in tokenizer.all_special_ids) for token in row] for row in rows]
             data = Dataset.from_dict(

@@ -7,13 +7,11 @@ ATTRIBUTION.md beside them.
 """
 
 import argparse
-import lzma
-import os
 from pathlib import Path
 
 import fnl_hf.tasks.pretraining
 from fnl_hf.tasks.pretraining.text import bounded_lines
-from fnl_hf.tasks.running import run_main
+from fnl_hf.tasks.running import run_main, write_text
 
 
 def paragraphs(path: str) -> list[str]:
@@ -25,9 +23,7 @@ def paragraphs(path: str) -> list[str]:
 def write_split(path: Path, novels: list[list[str]]) -> None:
     """Write one paragraph a line and a blank line between novels, xz-compressed, all or nothing."""
     text = "\n".join("".join(f"{line}\n" for line in novel) for novel in novels)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME))
-    os.replace(partial, path)
+    write_text(path, text)
     print(f"{path.name}: {len(text.split())} words, {path.stat().st_size} bytes")
 
 

@@ -7,13 +7,11 @@ The shipped files come from the export of 2018-05-13 with the defaults below; se
 """
 
 import argparse
-import lzma
-import os
 import random
 from pathlib import Path
 
 import fnl_hf.tasks.translation
-from fnl_hf.tasks.running import InputError, read_lines, run_main
+from fnl_hf.tasks.running import InputError, read_lines, run_main, write_text
 from fnl_hf.tasks.translation.corpus import SPLITS, is_clean, normalize, one_to_one, sample_splits
 
 
@@ -28,9 +26,7 @@ def read_export(path: str) -> list[tuple[str, str]]:
 def write_split(path: Path, pairs: list[tuple[str, str]]) -> None:
     """Write `German<TAB>English` lines, xz-compressed, all or nothing."""
     text = "".join(f"{german}\t{english}\n" for german, english in pairs)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME))
-    os.replace(partial, path)
+    write_text(path, text)
     print(f"{path.name}: {len(pairs)} pairs, {path.stat().st_size} bytes")
 
 

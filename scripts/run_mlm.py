@@ -15,14 +15,14 @@ LAMB without decay, and FLAMBé with heads of half their rank:
 Your own text: files and folders of plain text, JSON lines such as {"text": "..."} (.gz, .xz too), parquet and arrow. It
 is tokenized once, in bounded memory, into `prepared` beside the output directory:
 
-    python scripts/run_mlm.py --train_file wikipedia/ books.jsonl.gz --validation_file valid.txt --vocab_size 30000 \
-        --model_type bert --size base --dropout 0.1 --output_dir runs/base --per_device_train_batch_size 64 \
-        --gradient_accumulation_steps 64 --max_steps 31250 --warmup_steps 0.1 --learning_rate 2e-3 --bf16 \
+    python scripts/run_mlm.py --train_file wikipedia/ books.jsonl.gz --validation_file valid.txt --vocab_size 30000 \\
+        --model_type bert --size base --dropout 0.1 --output_dir runs/base --per_device_train_batch_size 64 \\
+        --gradient_accumulation_steps 64 --max_steps 31250 --warmup_steps 0.1 --learning_rate 2e-3 --bf16 \\
         --phase2_steps 3125 --torch_compile
 
 Continued pretraining of a checkpoint; a learning rate as for fine-tuning, and AdamW:
 
-    python scripts/run_mlm.py --model_name_or_path path/to/bert --train_file law/ --fnl_optim none \
+    python scripts/run_mlm.py --model_name_or_path path/to/bert --train_file law/ --fnl_optim none \\
         --learning_rate 5e-5 --max_steps 2000 --output_dir runs/law
 """
 

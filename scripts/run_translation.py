@@ -18,14 +18,14 @@ A quarter of the run dense, then heads of half their rank:
 Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too):
 
     python scripts/run_translation.py --train_file train.json --test_file test.json --output_dir runs/own
-    python scripts/run_translation.py --train_source train.fr --train_target train.en --test_source test.fr \
+    python scripts/run_translation.py --train_source train.fr --train_target train.en --test_source test.fr \\
         --test_target test.en --source_lang fr --target_lang en --vocab_size 8000 --output_dir runs/fr
 
 Fine-tuning a pretrained checkpoint; the default learning rate is one for training from scratch:
 
-    python scripts/run_translation.py --model_name_or_path path/to/opus-mt-de-en --learning_rate 3e-5 \
+    python scripts/run_translation.py --model_name_or_path path/to/opus-mt-de-en --learning_rate 3e-5 \\
         --max_tokens 2000 --max_steps 500 --output_dir runs/opus
-    python scripts/run_translation.py --model_name_or_path path/to/t5-small --learning_rate 1e-4 \
+    python scripts/run_translation.py --model_name_or_path path/to/t5-small --learning_rate 1e-4 \\
         --source_prefix "translate German to English: " --output_dir runs/t5
 """
 
