@@ -23,7 +23,7 @@ from fnl_hf.algebra import chain
 from fnl_hf.decay import decay_step
 from fnl_hf.initialization import initial_factors
 from fnl_hf.measure import gradient_norms, measurements
-from fnl_hf.running import write_json
+from fnl_hf.tasks.running import write_json
 
 SIZES = {
     "base": {},

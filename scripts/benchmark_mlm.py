@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     Trainer,
@@ -34,7 +33,7 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.pretraining import (
+from fnl_hf.tasks.pretraining import (
     Blocks,
     Masking,
     MLMArguments,
@@ -47,8 +46,8 @@ from fnl_hf.pretraining import (
     shipped_file,
     train_tokenizer,
 )
-from fnl_hf.pretraining.model import MODEL_TYPES, SIZES
-from fnl_hf.running import write_json
+from fnl_hf.tasks.pretraining.model import MODEL_TYPES, SIZES
+from fnl_hf.tasks.running import write_json
 
 VARIANTS = ("stock", "ours", "ours, all logits")
 WARMUP = 3  # steps of a run that are not counted
@@ -107,6 +106,8 @@ class Bench:
             "dataloader_pin_memory": torch.accelerator.is_available(),
         }
         if variant == "stock":
+            from datasets import Dataset  # after fnl_hf.tasks, which says how to install it
+
             rows = [self.blocks[i].tolist() for i in range(min(len(self.blocks), 2000))]
             special = [[int(token in tokenizer.all_special_ids) for token in row] for row in rows]
             data = Dataset.from_dict(

@@ -6,7 +6,7 @@
 
 Every run leaves one JSON file (arguments, exit status, seconds, metrics, log history) and its output below
 --output_dir; from the JSON files come table.md, which is also printed, summary.json (metrics and curves of all runs),
-and, where matplotlib is installed (fnl-hf[plot]), curves.png and parameters.png. The same command
+and, where matplotlib is installed, curves.png and parameters.png. The same command
 
 - goes on where it was stopped: finished runs are kept, others go on from their last checkpoint;
 - starts failed runs again. A failed run does not stop the others; it is in the table with its error;
@@ -50,8 +50,8 @@ import signal
 import sys
 from pathlib import Path
 
-from fnl_hf.comparison import FAILED, Recipe, Results, Run, execute, markdown, plot, read_recipe, runs_of
-from fnl_hf.running import InputError, write_json, write_text
+from fnl_hf.tasks.comparison import FAILED, Recipe, Results, Run, execute, markdown, plot, read_recipe, runs_of
+from fnl_hf.tasks.running import InputError, write_json, write_text
 
 
 def parse_options() -> argparse.Namespace:
@@ -139,7 +139,7 @@ def report(results: Results, output_dir: Path) -> None:
     try:
         print(*plot(results, output_dir), sep="\n")
     except ImportError:
-        print("No plots: matplotlib is not installed (pip install 'fnl-hf[plot]').")
+        print("No plots: matplotlib is not installed (pip install 'fnl-hf[tasks]').")
 
 
 def main() -> int:

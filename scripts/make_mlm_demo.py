@@ -1,4 +1,4 @@
-"""Make the text that ships in fnl_hf/pretraining/data from two novels in plain text.
+"""Make the text that ships in fnl_hf/tasks/pretraining/data from two novels in plain text.
 
     python scripts/make_mlm_demo.py Stevenson_Treasure_1883.txt Burnett_Lord_1886.txt
 
@@ -7,13 +7,11 @@ ATTRIBUTION.md beside them.
 """
 
 import argparse
-import lzma
-import os
 from pathlib import Path
 
-import fnl_hf.pretraining
-from fnl_hf.pretraining.text import bounded_lines
-from fnl_hf.running import run_main
+import fnl_hf.tasks.pretraining
+from fnl_hf.tasks.pretraining.text import bounded_lines
+from fnl_hf.tasks.running import run_main, write_text
 
 
 def paragraphs(path: str) -> list[str]:
@@ -25,16 +23,14 @@ def paragraphs(path: str) -> list[str]:
 def write_split(path: Path, novels: list[list[str]]) -> None:
     """Write one paragraph a line and a blank line between novels, xz-compressed, all or nothing."""
     text = "\n".join("".join(f"{line}\n" for line in novel) for novel in novels)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME))
-    os.replace(partial, path)
+    write_text(path, text)
     print(f"{path.name}: {len(text.split())} words, {path.stat().st_size} bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("novels", nargs="+", help="plain text, one paragraph a line")
-    parser.add_argument("--output_dir", type=Path, default=Path(fnl_hf.pretraining.__file__).parent / "data")
+    parser.add_argument("--output_dir", type=Path, default=Path(fnl_hf.tasks.pretraining.__file__).parent / "data")
     parser.add_argument("--validation", type=float, default=0.05, help="share of every novel, from its end")
     args = parser.parse_args()
 

@@ -15,8 +15,8 @@ import json
 import tarfile
 from pathlib import Path
 
-from fnl_hf.finetuning.squad import read_squad
-from fnl_hf.running import InputError, one_line, open_text, run_main, write_json, write_text
+from fnl_hf.tasks.finetuning.squad import read_squad
+from fnl_hf.tasks.running import InputError, one_line, open_text, run_main, write_json, write_text
 
 
 def main() -> None:

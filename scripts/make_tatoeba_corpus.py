@@ -1,4 +1,4 @@
-"""Make the German-English corpus that ships in fnl_hf/translation/data from a ManyThings export of Tatoeba.
+"""Make the German-English corpus that ships in fnl_hf/tasks/translation/data from a ManyThings export of Tatoeba.
 
     python scripts/make_tatoeba_corpus.py deu.txt                  # from https://www.manythings.org/anki (deu-eng.zip)
     python scripts/make_tatoeba_corpus.py deu.txt.xz --train 20000 --output_dir smaller
@@ -7,14 +7,12 @@ The shipped files come from the export of 2018-05-13 with the defaults below; se
 """
 
 import argparse
-import lzma
-import os
 import random
 from pathlib import Path
 
-import fnl_hf.translation
-from fnl_hf.running import InputError, read_lines, run_main
-from fnl_hf.translation.corpus import SPLITS, is_clean, normalize, one_to_one, sample_splits
+import fnl_hf.tasks.translation
+from fnl_hf.tasks.running import InputError, read_lines, run_main, write_text
+from fnl_hf.tasks.translation.corpus import SPLITS, is_clean, normalize, one_to_one, sample_splits
 
 
 def read_export(path: str) -> list[tuple[str, str]]:
@@ -28,16 +26,14 @@ def read_export(path: str) -> list[tuple[str, str]]:
 def write_split(path: Path, pairs: list[tuple[str, str]]) -> None:
     """Write `German<TAB>English` lines, xz-compressed, all or nothing."""
     text = "".join(f"{german}\t{english}\n" for german, english in pairs)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(lzma.compress(text.encode("utf-8"), preset=9 | lzma.PRESET_EXTREME))
-    os.replace(partial, path)
+    write_text(path, text)
     print(f"{path.name}: {len(pairs)} pairs, {path.stat().st_size} bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", help="deu.txt of the ManyThings export, plain, .gz or .xz")
-    parser.add_argument("--output_dir", type=Path, default=Path(fnl_hf.translation.__file__).parent / "data")
+    parser.add_argument("--output_dir", type=Path, default=Path(fnl_hf.tasks.translation.__file__).parent / "data")
     parser.add_argument("--train", type=int, default=38000)
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--test", type=int, default=1000)

@@ -32,18 +32,16 @@ answer_start are counted; no model is trained on them.
 
 import json
 import sys
-import time
 from pathlib import Path
 
 from transformers import AutoModelForQuestionAnswering, EvalPrediction, set_seed
 
 import fnl_hf
-from fnl_hf.finetuning import (
+from fnl_hf.tasks.finetuning import (
     FineTuner,
     Predictions,
     QAArguments,
     Question,
-    SquadFile,
     Window,
     encode_questions,
     load_model,
@@ -52,27 +50,12 @@ from fnl_hf.finetuning import (
     parse_qa_arguments,
     predict_answers,
     read_predictions,
-    read_squad,
     set_max_steps,
     squad_scores,
+    training_questions,
+    validation_questions,
 )
-from fnl_hf.running import (
-    InputError,
-    announce,
-    check_decay,
-    check_fit,
-    check_same_model,
-    last_complete_checkpoint,
-    load_finished,
-    make_config,
-    one_line_errors,
-    report,
-    resources_used,
-    run_main,
-    say,
-    train,
-    write_json,
-)
+from fnl_hf.tasks.running import InputError, Job, check_fit, run_main, say, write_json
 
 
 class Scoring:
@@ -98,42 +81,9 @@ class Scoring:
         return squad_scores(self.questions, self.predictions.answers, version_2)
 
 
-def read(path: str, data_args: QAArguments, unique_ids: bool = False) -> SquadFile:
-    """A file of questions, and whether it is what the arguments say. Says how many answers are not in their place."""
-    file = read_squad(path, unique_ids)
-    if file.unanswerable and not data_args.version_2_with_negative:
-        raise InputError(
-            f"{path}: {file.unanswerable} of {len(file.questions)} questions have no answers. Add "
-            "--version_2_with_negative if they cannot be answered; else give a file with answers."
-        )
-    if file.misplaced:
-        say(
-            f"{path}: {file.misplaced} of {file.answers} answers are not at their answer_start, and {file.lost} "
-            f"questions have no other; the first: {file.example}"
-        )
-    return file
-
-
-def read_training(data_args: QAArguments) -> tuple[list[Question], dict[str, int]]:
-    """The questions to train on, and what was left out."""
-    file = read(data_args.train_file, data_args)
-    questions = [question for question in file.questions if question.start is not None or not question.answers]
-    if not questions:
-        raise InputError(f"{file.path}: no answer is at its answer_start, which counts characters from 0.")
-    questions = questions[: data_args.max_train_samples]
-    counts = {"train_dropped_answers": file.misplaced, "train_dropped_questions": file.lost}
-    return questions, {"train_questions": len(questions)} | counts
-
-
-def read_validation(data_args: QAArguments) -> tuple[list[Question], dict[str, int]]:
-    """The questions to evaluate on. All answers count, wherever they are: the official rule only compares texts."""
-    file = read(data_args.validation_file, data_args, unique_ids=True)
-    return file.questions[: data_args.max_eval_samples], {"eval_misplaced_answers": file.misplaced}
-
-
 def score_file(data_args: QAArguments) -> None:
     """Print the scores of a file of predictions."""
-    questions, _ = read_validation(data_args)
+    questions, _ = validation_questions(data_args)
     predictions = read_predictions(data_args.score)
     missing = [question.id for question in questions if question.id not in predictions]
     if missing and data_args.version_2_with_negative:
@@ -151,31 +101,17 @@ def write_answers(predictions: Predictions, output_dir: Path) -> None:
 
 
 def main() -> None:
-    started = time.monotonic()
     model_args, data_args, args = parse_qa_arguments(__doc__)
     if data_args.score:
         return score_file(data_args)
-    output_dir = Path(args.output_dir)
 
     # Whatever may be wrong with the input is found before anything is trained or written
     training, validation = data_args.train_file is not None, data_args.validation_file is not None
-    checkpoint = last_complete_checkpoint(output_dir) if training else None
-    config = make_config(model_args)
+    job = Job(AutoModelForQuestionAnswering, model_args, args, trains=training)
     tokenizer = load_tokenizer(model_args)
-    train_questions, train_about = read_training(data_args) if training else ([], {})
-    eval_questions, eval_about = read_validation(data_args) if validation else ([], {})
+    train_questions, train_about = training_questions(data_args) if training else ([], {})
+    eval_questions, eval_about = validation_questions(data_args) if validation else ([], {})
     sizes = (data_args.max_seq_length, data_args.doc_stride, data_args.max_question_length)
-
-    set_seed(args.seed)
-    model = load_model(
-        AutoModelForQuestionAnswering,
-        model_args,
-        tokenizer,
-        factorization=None if args.factorize_at else config,
-        needs_head=not training,
-    )
-    check_fit(model, tokenizer, data_args.max_seq_length, "--max_seq_length")
-    check_decay(args, model)
     train_rows = eval_rows = scoring = None
     if validation:
         eval_rows, windows = encode_questions(eval_questions, tokenizer, *sizes)
@@ -185,37 +121,36 @@ def main() -> None:
         train_rows, _ = encode_questions(train_questions, tokenizer, *sizes, keep_windows=False)
         train_about["train_windows"] = len(train_rows)
         set_max_steps(args, len(train_rows))
-    finished = announce(checkpoint, args.max_steps)
-    if checkpoint is not None:
-        check_same_model(model.config, checkpoint, bool(args.factorize_at))
-    if finished:
-        model = load_finished(AutoModelForQuestionAnswering, checkpoint, args)
+    job.announce()
+
+    set_seed(args.seed)
+    model = load_model(job, tokenizer)
+    check_fit(model, tokenizer, data_args.max_seq_length, "--max_seq_length")
+    job.check(model)
+    model = job.finished_model() or model
     say(
         f"{model.num_parameters():,} parameters, {len(fnl_hf.factorizations(model))} factorizations; "
         f"{len(train_questions):,} questions to train on for {max(0, args.max_steps):,} steps, "
         f"{len(eval_questions):,} to evaluate on"
     )
 
-    with one_line_errors(ValueError):
-        trainer = FineTuner(
-            model=model,
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            data_collator=padding(tokenizer, data_args.max_seq_length, data_args.pad_to_max_length),
-            processing_class=tokenizer,
-            compute_metrics=scoring,
-            fnl_config=config if args.factorize_at else None,
-        )
-    if training and not finished:
-        report(trainer, "train", train(trainer, checkpoint) | train_about)
-    if training:
-        trainer.save_model()
+    trainer = job.make_trainer(
+        FineTuner,
+        model=model,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        data_collator=padding(tokenizer, data_args.max_seq_length, data_args.pad_to_max_length),
+        processing_class=tokenizer,
+        compute_metrics=scoring,
+    )
+    if metrics := job.train():
+        job.report("train", metrics | train_about)
+    job.save()
     if validation:
-        report(trainer, "eval", trainer.predict(eval_rows, metric_key_prefix="eval").metrics | eval_about)
+        job.report("eval", trainer.predict(eval_rows, metric_key_prefix="eval").metrics | eval_about)
         if trainer.is_world_process_zero():
-            write_answers(scoring.predictions, output_dir)
-    report(trainer, "run", resources_used(started))
+            write_answers(scoring.predictions, job.output_dir)
+    job.report_resources()
 
 
 if __name__ == "__main__":

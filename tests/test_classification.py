@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.finetuning import classification_scores, label_ids, label_names, read_table
-from fnl_hf.running import InputError
+from fnl_hf.tasks.finetuning import classification_scores, label_ids, label_names, read_table
+from fnl_hf.tasks.running import InputError
 from tests.script_runs import help_of, leave_half_a_checkpoint, refusal, run_script, same_weights, stopped_before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,7 +146,7 @@ def test_metrics_of_several_classes():
 def test_metrics_need_scikit_learn(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     options = TINY | {"model_name_or_path": tmp_path, "train_file": "x.tsv", "output_dir": tmp_path / "out"}
-    assert "pip install 'fnl-hf[metrics]'" in refusal(monkeypatch, capsys, "run_classification.py", **options)
+    assert "pip install 'fnl-hf[tasks]'" in refusal(monkeypatch, capsys, "run_classification.py", **options)
 
 
 # -- the script -----------------------------------------------------------------------------------------

@@ -15,9 +15,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fnl_hf.comparison import FAILED, FINISHED, INTERRUPTED, RUNNING, Results, markdown, plot, read_recipe, runs_of
-from fnl_hf.comparison.table import with_spread
-from fnl_hf.running import InputError
+from fnl_hf.tasks.comparison import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    RUNNING,
+    Results,
+    markdown,
+    plot,
+    read_recipe,
+    runs_of,
+)
+from fnl_hf.tasks.comparison.table import with_spread
+from fnl_hf.tasks.running import InputError
 from tests.script_runs import SCRIPTS, run_script
 
 RECIPES = SCRIPTS / "recipes"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import fnl_hf
-from fnl_hf.pretraining import (
+from fnl_hf.tasks.pretraining import (
     SENTENCES,
     Blocks,
     FixedMasks,
@@ -38,11 +38,11 @@ from fnl_hf.pretraining import (
     tokenizer_digest,
     train_tokenizer,
 )
-from fnl_hf.pretraining.model import MODEL_TYPES, SIZES
-from fnl_hf.pretraining.preparation import write_store
-from fnl_hf.pretraining.text import END, bounded_lines
-from fnl_hf.pretraining.tokenizer import word_beginnings
-from fnl_hf.running import InputError, last_complete_checkpoint, longest_input
+from fnl_hf.tasks.pretraining.model import MODEL_TYPES, SIZES
+from fnl_hf.tasks.pretraining.preparation import write_store
+from fnl_hf.tasks.pretraining.text import END, bounded_lines
+from fnl_hf.tasks.pretraining.tokenizer import word_beginnings
+from fnl_hf.tasks.running import InputError, last_complete_checkpoint, longest_input
 from tests.script_runs import kill_and_repeat, refusal, run_on_two_processes, run_script, same_weights, stopped_before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -287,8 +287,8 @@ def test_words_of_two_lines_stay_two_words(tmp_path):
 
 
 def test_long_lines_are_tokenized_in_pieces_without_a_seam(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("fnl_hf.pretraining.preparation._PIECE", 11)
-    monkeypatch.setattr("fnl_hf.pretraining.preparation._BATCH", 40)
+    monkeypatch.setattr("fnl_hf.tasks.pretraining.preparation._PIECE", 11)
+    monkeypatch.setattr("fnl_hf.tasks.pretraining.preparation._BATCH", 40)
     for name, tok in (("wp", tokenizer), ("bpe", train_tokenizer(lambda: TEXT, "bpe", 300))):
         line = "the cat sat on the mat and the dog is no cat"
         store = store_of(tmp_path / name, [line, END], tok)

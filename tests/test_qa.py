@@ -22,10 +22,10 @@ from transformers import (
 )
 
 import fnl_hf
-from fnl_hf.finetuning import Question, Window, encode_questions, predict_answers, read_squad, squad_scores
-from fnl_hf.finetuning.answers import best_spans
-from fnl_hf.finetuning.scoring import normalize, question_scores
-from fnl_hf.running import InputError
+from fnl_hf.tasks.finetuning import Question, Window, encode_questions, predict_answers, read_squad, squad_scores
+from fnl_hf.tasks.finetuning.answers import best_spans
+from fnl_hf.tasks.finetuning.scoring import normalize, question_scores
+from fnl_hf.tasks.running import InputError
 from tests.script_runs import (
     help_of,
     kill_and_repeat,
@@ -475,7 +475,7 @@ def test_long_questions_are_cut_and_windows_can_be_left_out(tokenizer):
 
 
 def test_answers_with_blanks_around_them_and_several_batches(tokenizer, monkeypatch):
-    monkeypatch.setattr("fnl_hf.finetuning.windows._BATCH", 2)
+    monkeypatch.setattr("fnl_hf.tasks.finetuning.windows._BATCH", 2)
     blank = Question("b", "Who?", CAT, (" cat ",), CAT.index(" cat "), " cat ")
     rows, windows = encode_questions([question(), question(), blank], tokenizer, 40, 8, 10)
     assert [window.question for window in windows] == [0, 1, 2]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 import fnl_hf
-from fnl_hf.running import InputError, average_checkpoints_, is_finished, last_complete_checkpoint
-from fnl_hf.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
-from fnl_hf.translation import corpus as corpora
-from fnl_hf.translation.tokenizer import train_tokenizer
+from fnl_hf.tasks.running import InputError, average_checkpoints_, is_finished, last_complete_checkpoint
+from fnl_hf.tasks.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
+from fnl_hf.tasks.translation import corpus as corpora
+from fnl_hf.tasks.translation.tokenizer import train_tokenizer
 from tests.script_runs import (
     kill_and_repeat,
     leave_half_a_checkpoint,

@@ -3,8 +3,9 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fnl_hf import FNLTrainer
+
 from ..running import InputError
-from ..trainer import FNLTrainer
 from .masking import FixedMasks
 
 Guess = tuple[str, float]  # a token and its probability

@@ -3,16 +3,16 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser
 
-from ..running import InputError, check_arguments, one_line
-from ..training_arguments import FNLTrainingArguments
+from fnl_hf import FNLTrainingArguments
+
+from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse
 from .model import MODEL_TYPES, SIZES
 from .tokenizer import TOKENIZER_TYPES
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(FactorizationArguments):
     """What is trained: a pretrained checkpoint or a new model of a published size, and its factorization."""
 
     model_name_or_path: str | None = field(
@@ -32,13 +32,6 @@ class ModelArguments:
     )
     vocab_size: int = field(default=4000, metadata={"help": "Tokens of a trained tokenizer."})
     lowercase: bool = field(default=True, metadata={"help": "Fold case and accents; in wordpiece only."})
-    # Factorization
-    factorize: bool = field(default=True, metadata={"help": "Make factorizations of the attention products."})
-    attention: list[str] = field(default_factory=lambda: ["qk", "ov"], metadata={"help": "Which: qk, ov or both."})
-    head_rank: str = field(
-        default="1.0", metadata={"help": "Rank of every head: a fraction of its width (0.5), or a whole number (16)."}
-    )
-    init: str = field(default="spectral", metadata={"help": "Initialisation of the factors: spectral or default."})
 
 
 @dataclass
@@ -121,24 +114,16 @@ class MLMArguments(FNLTrainingArguments):
         super().__post_init__()
 
 
-def parse_arguments() -> tuple[ModelArguments, DataArguments, MLMArguments]:
+def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, MLMArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, MLMArguments))
-    try:
-        model_args, data_args, args = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+    model_args, data_args, args = parse((ModelArguments, DataArguments, MLMArguments), description)
     check_arguments(args)
+    check_factorization(model_args, args)
     if args.fnl_optim and args.optim != MLMArguments.optim:
         raise InputError(f"--optim {args.optim.value} and --fnl_optim {args.fnl_optim}. Add --fnl_optim none.")
     for name in ("eval_strategy", "save_strategy"):
         if getattr(args, name) == "epoch":
             raise InputError(f"--{name} epoch: a run is one epoch to the Trainer. Give steps, or below 1 their share.")
-    if unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
-        raise InputError(
-            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
-            f"{', '.join(model_args.attention)}, or change --attention."
-        )
     if data_args.validation_file and not data_args.train_file:
         raise InputError("--validation_file without --train_file. Give the text to train on.")
     if not 0 <= data_args.validation_split_percentage < 100:
@@ -151,12 +136,9 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, MLMArguments]:
     if min(data_args.max_seq_length, data_args.phase2_seq_length) < 3:
         raise InputError("a block has a begin and an end. Give a --max_seq_length and --phase2_seq_length above 2.")
     check_phases(data_args, args)
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise InputError(f"--max_steps {args.max_steps}: nothing to train. Give a number, or --num_train_epochs.")
+    check_steps(args)
     if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
         raise InputError(f"--max_eval_samples {data_args.max_eval_samples}: expected at least 1.")
-    if args.factorize_at and not model_args.factorize:
-        raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Drop --no_factorize.")
     # a Run is in its order already, in whole batches, and its examples say where they stand; evaluation is of all
     args.train_sampling_strategy, args.remove_unused_columns = "sequential", False
     args.dataloader_drop_last = False
@@ -169,3 +151,13 @@ def check_phases(data_args: DataArguments, args: MLMArguments) -> None:
         raise InputError(
             f"--phase2_steps {data_args.phase2_steps} are some of the {args.max_steps} steps. Give fewer than those."
         )
+
+
+def sequence_lengths(data_args: DataArguments) -> list[int]:
+    """Tokens of a block in the phases of training."""
+    return [data_args.max_seq_length, *[data_args.phase2_seq_length] * (data_args.phase2_steps > 0)]
+
+
+def data_seed(args: MLMArguments) -> int:
+    """Of the order of blocks and of the masks."""
+    return args.seed if args.data_seed is None else args.data_seed

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..running import InputError, read_lines
+from .arguments import DataArguments
 
 Pair = tuple[str, str]
 
@@ -96,6 +97,24 @@ def read_split(
     if source:
         return read_text_pair(source, target)
     return read_shipped(split, source_lang, target_lang)
+
+
+def read_corpus(data_args: DataArguments) -> dict[str, list[Pair]]:
+    """The pairs of every split: the user's files, or all of the shipped corpus where there are none."""
+    files = {
+        split: {kind: getattr(data_args, f"{split}_{kind}") for kind in ("file", "source", "target")}
+        for split in SPLITS
+    }
+    own = any(any(paths.values()) for paths in files.values())
+    if own and not any(files["train"].values()):
+        raise InputError("a corpus without training pairs. Give --train_file, or --train_source and --train_target.")
+    return {
+        split: read_split(split, data_args.source_lang, data_args.target_lang, **paths)[
+            : data_args.max_train_samples if split == "train" else data_args.max_eval_samples
+        ]
+        for split, paths in files.items()
+        if not own or any(paths.values())
+    }
 
 
 def _checked(pairs: list[Pair], origin: str) -> list[Pair]:

@@ -1,11 +1,8 @@
-"""Translation: parallel corpora, a joint BPE tokenizer, token-sized batches and scoring, for `scripts/`.
-
-A side wing: beside transformers it uses the library's training arguments, and nothing in the library imports it.
-"""
+"""Translation: parallel corpora, a joint BPE tokenizer, token-sized batches and scoring, for `scripts/`."""
 
 from .arguments import DataArguments, ModelArguments, TranslationArguments, parse_arguments
-from .batching import TokenBatches, TokenBatchSampler, steps_of_epochs
-from .corpus import Pair, read_split
+from .batching import TokenBatchSampler, TranslationTrainer, encode, steps_of_epochs
+from .corpus import Pair, read_corpus
 from .model import new_marian
 from .scoring import hub_metric, metric_scores, sacrebleu_score, translate
 from .tokenizer import train_tokenizer
@@ -15,13 +12,14 @@ __all__ = [
     "ModelArguments",
     "Pair",
     "TokenBatchSampler",
-    "TokenBatches",
     "TranslationArguments",
+    "TranslationTrainer",
+    "encode",
     "hub_metric",
     "metric_scores",
     "new_marian",
     "parse_arguments",
-    "read_split",
+    "read_corpus",
     "sacrebleu_score",
     "steps_of_epochs",
     "train_tokenizer",

@@ -7,15 +7,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..running import InputError
-from .text import END
+from ..running import InputError, load
+from .arguments import DataArguments, MLMArguments, ModelArguments, sequence_lengths
+from .demonstration import shipped_file
+from .text import END, corpus_files, read_corpus
+from .tokenizer import check_tokenizer, train_tokenizer
 
 _FORMAT = 2  # of the files below; raise it when they change
 _PIECE = 100_000  # characters that are tokenized at once: a tokenizer needs some 100 bytes a token
@@ -47,6 +51,60 @@ class TokenStore:
     @cached_property
     def ends(self) -> np.ndarray:
         return np.load(self.directory / "ends.npy", mmap_mode="r")
+
+
+def prepared_text(
+    checkpoint: Path | None, model_args: ModelArguments, data_args: DataArguments, args: MLMArguments
+) -> tuple[PreTrainedTokenizerBase, dict[str, TokenStore]]:
+    """The tokenizer, and the tokens of the user's files or of the shipped novels, made now or by an earlier run.
+
+    Args:
+        checkpoint: the one to resume from, whose tokenizer is taken.
+    """
+    if data_args.train_file is None:
+        files = {split: [shipped_file(split)] for split in ("train", "validation")}
+    else:
+        given = {"train": data_args.train_file, "validation": data_args.validation_file}
+        files = {split: corpus_files(paths) for split, paths in given.items() if paths}
+    reading = {
+        "text_column": data_args.text_column,
+        "documents": data_args.documents if data_args.train_file else "blank_line",
+    }
+
+    def read(split: str):
+        progress = tqdm(desc=f"Reading {split}", unit=" lines", disable=args.disable_tqdm)
+        for line in read_corpus(files[split], **reading, max_line_length=data_args.max_line_length):
+            progress.update()
+            yield line
+        progress.close()
+
+    directory = Path(data_args.prepared_dir) if data_args.prepared_dir else Path(args.output_dir).parent / "prepared"
+    name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        tokenizer = load(AutoTokenizer, name)
+        check_tokenizer(tokenizer, name)
+    else:
+        options = {
+            "kind": model_args.tokenizer_type,
+            "vocab_size": model_args.vocab_size,
+            "lowercase": model_args.lowercase,
+            "token_types": model_args.model_type in ("bert", "electra"),
+            "max_length": max(512, *sequence_lengths(data_args)),
+        }
+        tokenizer = prepare_tokenizer(
+            directory / f"tokenizer-{fingerprint(files['train'], **reading, **options)}",
+            lambda: train_tokenizer(lambda: filter(None, read("train")), **options),
+        )
+    digest = tokenizer_digest(tokenizer)
+    return tokenizer, {
+        split: prepare_store(
+            directory / f"{split}-{fingerprint(paths, **reading, tokenizer=digest)}",
+            partial(read, split),
+            tokenizer,
+            split,
+        )
+        for split, paths in files.items()
+    }
 
 
 def fingerprint(files: Iterable[Path], **options) -> str:

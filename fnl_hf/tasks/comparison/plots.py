@@ -18,7 +18,7 @@ def plot(results: Results, folder: str | Path) -> list[Path]:
         the files; none where nothing has finished.
 
     Raises:
-        ImportError: matplotlib is not installed (`pip install fnl-hf[plot]`).
+        ImportError: matplotlib is not installed (`pip install 'fnl-hf[tasks]'`).
     """
     from matplotlib import colormaps  # an optional dependency
     from matplotlib.figure import Figure

@@ -3,10 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import FNLConfig
-from ..factorization import factorizations
-from ..patching import factorize
-from ..running import InputError, load, one_line
+from fnl_hf import factorizations, factorize
+
+from ..running import InputError, Job, load, one_line_errors
 from .arguments import ModelArguments
 
 # What configs call the dropout of sub-layers, of attention, and before the new head
@@ -35,51 +34,41 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    auto_class: type,
-    model_args: ModelArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    factorization: FNLConfig | None = None,
-    needs_head: bool = False,
-    **options,
-) -> PreTrainedModel:
-    """The checkpoint as a model of `auto_class`; weights that it does not hold, those of a new head, are random.
+def load_model(job: Job, tokenizer: PreTrainedTokenizerBase, **options) -> PreTrainedModel:
+    """The checkpoint as a model of the job's class; weights that it does not hold, those of a new head, are random.
 
-    A factorized checkpoint comes back factorized.
+    A factorized checkpoint comes back factorized, a dense one as what the job makes of it. A job that does not train
+    needs all weights, the head's too.
 
     Args:
-        factorization: what a dense checkpoint becomes.
-        needs_head: whether all weights must be in the checkpoint, as for a model that is not trained.
         options: of the config, such as `num_labels`.
 
     Raises:
         InputError: the checkpoint cannot be loaded, lacks weights of its body or head, has no dropout to set, is
             factorized already, or cannot be factorized in that way.
     """
-    path = model_args.model_name_or_path
-    if model_args.dropout is not None:
-        options |= _dropout(load(AutoConfig, path), model_args.dropout, path)
+    path, dropout = job.model_args.model_name_or_path, job.model_args.dropout
+    if dropout is not None:
+        options |= _dropout(load(AutoConfig, path), dropout, path)
     # Trained in float32, whatever it was saved in: --bf16 and --fp16 are mixed precision
-    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": not needs_head}  # a head of other classes is new
-    model, info = load(auto_class, path, output_loading_info=True, **options)
+    options |= {"dtype": torch.float32, "ignore_mismatched_sizes": job.trains}  # a head of other classes is new
+    model, info = load(job.auto_class, path, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]})
-    if missing and needs_head:
+    if missing and not job.trains:
         raise InputError(f"{path} was not trained for this: it has no {missing[0]}. Fine-tune it: give --train_file.")
     body = f"{model.base_model_prefix}."
     if lost := [name for name in missing if name.startswith(body) and ".pooler." not in name]:
         raise InputError(f"{path}: its weights lack {lost[0]}, or have it in another shape. Give a whole checkpoint.")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # as the Trainer will
-    if factorization is None:
+    if job.factorization is None:
         return model
     if factorizations(model):
         raise InputError(
             f"{path} is factorized already. Drop --factorize, or make it dense first: fnl-hf to-dense {path} DENSE."
         )
-    try:
-        return factorize(model, factorization)
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+    with one_line_errors(ValueError):
+        return factorize(model, job.factorization)
 
 
 def _dropout(config: PreTrainedConfig, dropout: float, path: str) -> dict[str, float]:

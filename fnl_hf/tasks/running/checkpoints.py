@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..messages import say
 from .errors import InputError
 
 
@@ -65,15 +64,6 @@ def is_finished(checkpoint: Path, max_steps: int) -> bool:
     """
     state = _trainer_state(checkpoint)
     return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
-
-
-def announce(checkpoint: Path | None, max_steps: int) -> bool:
-    """Say where the run stands; returns whether training is finished."""
-    if checkpoint is None:
-        return False
-    finished = is_finished(checkpoint, max_steps)
-    say(f"Found {checkpoint}: " + ("training is finished." if finished else "training resumes there."))
-    return finished
 
 
 def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool = False) -> None:

@@ -10,7 +10,7 @@ def check_metrics() -> None:
     try:
         import sklearn.metrics  # noqa: F401
     except ImportError as error:
-        raise InputError("metrics need scikit-learn. Install it: pip install 'fnl-hf[metrics]'.") from error
+        raise InputError("metrics need scikit-learn. Install it: pip install 'fnl-hf[tasks]'.") from error
 
 
 def classification_scores(labels: Sequence[int], predictions: Sequence[int], classes: int) -> dict[str, float]:

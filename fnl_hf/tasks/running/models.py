@@ -1,13 +1,11 @@
-"""The checkpoint that a script starts from: loading it, what it is factorized as, and whether its tokenizer fits."""
+"""The checkpoint that a script starts from or has trained: loading it, and whether its tokenizer fits."""
 
 from pathlib import Path
-from typing import Protocol
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import FNLConfig
-from .errors import InputError, one_line, parse_head_rank
+from .errors import InputError, one_line
 
 _POSITIONS_AFTER_PADDING = (
     "camembert",
@@ -25,15 +23,6 @@ _POSITIONS_AFTER_PADDING = (
 )
 
 
-class FactorizationArguments(Protocol):
-    """What every script's model arguments say of a factorization."""
-
-    factorize: bool
-    attention: list[str]
-    head_rank: str
-    init: str
-
-
 def load(auto_class: type, path: str | Path, **options):
     """A config, tokenizer or model from its directory. Raises `InputError` if there is none that fits the class."""
     try:
@@ -44,15 +33,11 @@ def load(auto_class: type, path: str | Path, **options):
         ) from error
 
 
-def make_config(arguments: FactorizationArguments) -> FNLConfig | None:
-    """The factorization that the arguments ask for; None for none."""
-    if not arguments.factorize:
-        return None
-    rank = parse_head_rank(arguments.head_rank)
-    try:
-        return FNLConfig(attention=tuple(arguments.attention), head_rank=rank, init=arguments.init)
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+def load_trained(auto_class: type, output_dir: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer that a finished run left. Raises `InputError` if there is none."""
+    if not (Path(output_dir) / "config.json").is_file():
+        raise InputError(f"--output_dir {output_dir}: no finished run. Train first, or give the directory of one.")
+    return load(auto_class, output_dir), load(AutoTokenizer, output_dir)
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, flags: str) -> None:

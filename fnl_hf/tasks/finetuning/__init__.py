@@ -1,7 +1,4 @@
-"""Fine-tuning: question answering on the SQuAD layout and classification of tables, for `scripts/`.
-
-A side wing: beside transformers it uses the library's trainer and factorization, and nothing in the library imports it.
-"""
+"""Fine-tuning: question answering on the SQuAD layout and classification of tables, for `scripts/`."""
 
 from .answers import Predictions, predict_answers
 from .arguments import (
@@ -15,13 +12,9 @@ from .arguments import (
 from .metrics import check_metrics, classification_scores
 from .model import load_model, load_tokenizer
 from .scoring import squad_scores
-from .squad import Question, SquadFile, read_predictions, read_squad
-from .tables import Table, label_ids, label_names, read_table
-from .training import (
-    FineTuner,
-    padding,
-    set_max_steps,
-)
+from .squad import Question, SquadFile, read_predictions, read_squad, training_questions, validation_questions
+from .tables import Table, class_names, encode_table, label_ids, label_names, read_table, read_tables
+from .training import FineTuner, padding, set_max_steps
 from .windows import Window, encode_questions
 
 __all__ = [
@@ -36,8 +29,10 @@ __all__ = [
     "TableArguments",
     "Window",
     "check_metrics",
+    "class_names",
     "classification_scores",
     "encode_questions",
+    "encode_table",
     "label_ids",
     "label_names",
     "load_model",
@@ -49,6 +44,9 @@ __all__ = [
     "read_predictions",
     "read_squad",
     "read_table",
+    "read_tables",
     "set_max_steps",
     "squad_scores",
+    "training_questions",
+    "validation_questions",
 ]

@@ -1,7 +1,4 @@
-"""What `scripts/compare.py` is made of: recipes, their runs and records, the table and the plots.
-
-A side wing: nothing in the library imports it.
-"""
+"""What `scripts/compare.py` is made of: recipes, their runs and records, the table and the plots."""
 
 from .plots import plot
 from .recipe import Recipe, Stage, read_recipe

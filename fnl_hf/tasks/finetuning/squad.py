@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..running import InputError, one_line, open_text
+from ..running import InputError, one_line, open_text, say
+from .arguments import QAArguments
 
 _LAYOUT = "Give a file in the SQuAD layout."
 _NAMES = {
@@ -189,3 +190,36 @@ def _is_unicode(text: str) -> bool:
 
 def _kind(value: Any) -> str:
     return _NAMES[type(value)]
+
+
+def _read(path: str, data_args: QAArguments, unique_ids: bool = False) -> SquadFile:
+    """A file of questions, and whether it is what the arguments say. Says how many answers are not in their place."""
+    file = read_squad(path, unique_ids)
+    if file.unanswerable and not data_args.version_2_with_negative:
+        raise InputError(
+            f"{path}: {file.unanswerable} of {len(file.questions)} questions have no answers. Add "
+            "--version_2_with_negative if they cannot be answered; else give a file with answers."
+        )
+    if file.misplaced:
+        say(
+            f"{path}: {file.misplaced} of {file.answers} answers are not at their answer_start, and {file.lost} "
+            f"questions have no other; the first: {file.example}"
+        )
+    return file
+
+
+def training_questions(data_args: QAArguments) -> tuple[list[Question], dict[str, int]]:
+    """The questions to train on, and what was left out."""
+    file = _read(data_args.train_file, data_args)
+    questions = [question for question in file.questions if question.start is not None or not question.answers]
+    if not questions:
+        raise InputError(f"{file.path}: no answer is at its answer_start, which counts characters from 0.")
+    questions = questions[: data_args.max_train_samples]
+    counts = {"train_dropped_answers": file.misplaced, "train_dropped_questions": file.lost}
+    return questions, {"train_questions": len(questions)} | counts
+
+
+def validation_questions(data_args: QAArguments) -> tuple[list[Question], dict[str, int]]:
+    """The questions to evaluate on. All answers count, wherever they are: the official rule only compares texts."""
+    file = _read(data_args.validation_file, data_args, unique_ids=True)
+    return file.questions[: data_args.max_eval_samples], {"eval_misplaced_answers": file.misplaced}

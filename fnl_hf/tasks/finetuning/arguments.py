@@ -1,19 +1,21 @@
 """The command-line arguments of `scripts/run_qa.py` and `scripts/run_classification.py`."""
 
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser
 
-from ..running import InputError, check_arguments, one_line
-from ..training_arguments import FNLTrainingArguments
+from fnl_hf import FNLTrainingArguments
+
+from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, parse
+
+_USAGE = "%(prog)s --model_name_or_path DIR --train_file FILE --validation_file FILE [--NAME VALUE ...]"
 
 
 @dataclass
-class ModelArguments:
-    """Which checkpoint is fine-tuned, and its factorization."""
+class ModelArguments(FactorizationArguments):
+    """Which checkpoint is fine-tuned, and its factorization if it is a dense one."""
 
+    factorize: bool = field(default=False, metadata={"help": "Make factorizations of a dense checkpoint's attention."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to fine-tune or evaluate; a factorized one stays so."}
     )
@@ -22,13 +24,6 @@ class ModelArguments:
         default=None,
         metadata={"help": "Dropout of all sub-layers and of attention; BERT: 0.1. Not given: the checkpoint's."},
     )
-    # Factorization of a dense checkpoint
-    factorize: bool = field(default=False, metadata={"help": "Make factorizations of a dense checkpoint's attention."})
-    attention: list[str] = field(default_factory=lambda: ["qk", "ov"], metadata={"help": "Which: qk, ov or both."})
-    head_rank: str = field(
-        default="1.0", metadata={"help": "Rank of every head: a fraction of its width (0.5), or a whole number (16)."}
-    )
-    init: str = field(default="spectral", metadata={"help": "Initialisation of the factors: spectral or default."})
 
 
 @dataclass
@@ -124,7 +119,7 @@ class TableTrainingArguments(FineTuningArguments):
 
 def parse_qa_arguments(description: str) -> tuple[ModelArguments, QAArguments, QATrainingArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    model_args, data_args, args = _parse((ModelArguments, QAArguments, QATrainingArguments), description)
+    model_args, data_args, args = parse((ModelArguments, QAArguments, QATrainingArguments), description, _USAGE)
     if data_args.score:
         if not data_args.validation_file:
             raise InputError(f"--score {data_args.score} without --validation_file. Give the questions too.")
@@ -139,23 +134,10 @@ def parse_qa_arguments(description: str) -> tuple[ModelArguments, QAArguments, Q
 
 def parse_table_arguments(description: str) -> tuple[ModelArguments, TableArguments, TableTrainingArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    model_args, data_args, args = _parse((ModelArguments, TableArguments, TableTrainingArguments), description)
+    model_args, data_args, args = parse((ModelArguments, TableArguments, TableTrainingArguments), description, _USAGE)
     _check_model(model_args, args)
     _check_files(data_args, args, (data_args.train_file, data_args.validation_file, data_args.test_file))
     return model_args, data_args, args
-
-
-class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults of the arguments, and the lines of the description as they are."""
-
-
-def _parse(types: tuple[type, ...], description: str):
-    usage = "%(prog)s --model_name_or_path DIR --train_file FILE --validation_file FILE [--NAME VALUE ...]"
-    parser = HfArgumentParser(types, usage=usage, description=description, formatter_class=_Help)
-    try:
-        return parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
 
 
 def _check_files(data_args: QAArguments | TableArguments, args: FineTuningArguments, files: tuple) -> None:
@@ -175,17 +157,6 @@ def _check_files(data_args: QAArguments | TableArguments, args: FineTuningArgume
 def _check_model(model_args: ModelArguments, args: FineTuningArguments) -> None:
     if not model_args.model_name_or_path:
         raise InputError("no checkpoint. Give --model_name_or_path, a directory with a model and its tokenizer.")
-    if not model_args.factorize:
-        unused = ModelArguments()
-        for name in ("attention", "head_rank", "init"):
-            if getattr(model_args, name) != getattr(unused, name):
-                raise InputError(f"--{name} is of the factorization of a dense checkpoint. Add --factorize.")
-        if args.factorize_at:
-            raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Add --factorize.")
-    elif unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
-        raise InputError(
-            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
-            f"{', '.join(model_args.attention)}, or change --attention."
-        )
+    check_factorization(model_args, args)
     if model_args.dropout is not None and not 0 <= model_args.dropout < 1:
         raise InputError(f"--dropout {model_args.dropout}: expected at least 0 and below 1.")

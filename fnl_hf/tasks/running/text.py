@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import sys
 from pathlib import Path
 from typing import TextIO
 
@@ -24,3 +25,8 @@ def read_lines(path: str | Path) -> list[str]:
             return [line.strip() for line in file]
     except (UnicodeDecodeError, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
         raise InputError(f"{path}: not a readable UTF-8 text file ({error}). Convert it to UTF-8 first.") from error
+
+
+def given_lines(values: list[str]) -> list[str]:
+    """What was given on the command line; for `-`, the lines of standard input."""
+    return sys.stdin.read().splitlines() if values == ["-"] else values

@@ -1,14 +1,19 @@
-"""Masked-LM pretraining: text, tokenizers, packed blocks, masks and presets of models, for `scripts/`.
+"""Masked-LM pretraining: text, tokenizers, packed blocks, masks and presets of models, for `scripts/`."""
 
-A side wing: beside transformers it uses the library's trainer, and nothing in the library imports it.
-"""
-
-from .arguments import DataArguments, MLMArguments, ModelArguments, check_phases, parse_arguments
+from .arguments import (
+    DataArguments,
+    MLMArguments,
+    ModelArguments,
+    check_phases,
+    data_seed,
+    parse_arguments,
+    sequence_lengths,
+)
 from .demonstration import SENTENCES, shipped_file
 from .masking import FixedMasks, Masking
 from .model import new_model
 from .packing import Blocks, Run, held_out
-from .preparation import TokenStore, fingerprint, prepare_store, prepare_tokenizer, tokenizer_digest
+from .preparation import TokenStore, fingerprint, prepare_store, prepare_tokenizer, prepared_text, tokenizer_digest
 from .text import corpus_files, read_corpus
 from .tokenizer import check_tokenizer, train_tokenizer
 from .training import MLMTrainer, predict_masked
@@ -27,6 +32,7 @@ __all__ = [
     "check_phases",
     "check_tokenizer",
     "corpus_files",
+    "data_seed",
     "fingerprint",
     "held_out",
     "new_model",
@@ -34,7 +40,9 @@ __all__ = [
     "predict_masked",
     "prepare_store",
     "prepare_tokenizer",
+    "prepared_text",
     "read_corpus",
+    "sequence_lengths",
     "shipped_file",
     "tokenizer_digest",
     "train_tokenizer",

@@ -5,8 +5,9 @@ import math
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from fnl_hf import FNLTrainer
+
 from ..running import InputError
-from ..trainer import FNLTrainer
 from .arguments import FineTuningArguments
 
 

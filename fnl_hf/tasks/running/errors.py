@@ -1,7 +1,8 @@
 """Errors of a script's user: one line each, told without a traceback."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -13,14 +14,13 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def parse_head_rank(text: str) -> float | int:
-    """ "0.5" is a fraction of the head's width, "16" the rank itself ("1" is rank one, "1.0" full rank)."""
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    raise InputError(f"--head_rank {text}: not a number. Give a fraction such as 0.5 or a whole rank such as 16.")
+@contextmanager
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds, which are about what the user gave, become an `InputError`."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(one_line(error)) from error
 
 
 def run_main(main: Callable[[], None]) -> None:

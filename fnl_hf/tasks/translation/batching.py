@@ -1,15 +1,28 @@
-"""Batches bounded by tokens instead of sentences, with sentences of similar length together, and their Trainer hook."""
+"""Token ids, and batches bounded by tokens instead of sentences, with sentences of similar length together."""
 
 import math
 import random
 from collections.abc import Iterator, Sequence
 
+from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from fnl_hf import FNLSeq2SeqTrainer
 
 from ..running import InputError
+from .arguments import DataArguments
+from .corpus import Pair
 
 Length = tuple[int, int]  # tokens of source and of target
+
+
+def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:
+    """Token ids of both sides, in columns `input_ids` and `labels`."""
+    limits = {"truncation": True, "max_length": data_args.max_length}
+    sources = tokenizer([data_args.source_prefix + source for source, _ in pairs], **limits)
+    targets = tokenizer(text_target=[target for _, target in pairs], **limits)
+    return Dataset.from_dict({"input_ids": sources["input_ids"], "labels": targets["input_ids"]})
 
 
 class TokenBatchSampler(BatchSampler):
@@ -93,8 +106,8 @@ class _Reshuffle(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
-class TokenBatches:
-    """Mixin before a `Trainer` class: training batches of `args.max_tokens` tokens.
+class TranslationTrainer(FNLSeq2SeqTrainer):
+    """`FNLSeq2SeqTrainer` in training batches of `args.max_tokens` tokens.
 
     The training dataset has the columns `input_ids` and `labels`; `args.data_seed`, or else `args.seed`, shuffles it.
     """

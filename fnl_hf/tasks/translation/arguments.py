@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 
 import torch
-from transformers import HfArgumentParser
 
-from ..running import InputError, check_arguments, one_line
-from ..training_arguments import FNLSeq2SeqTrainingArguments
+from fnl_hf import FNLSeq2SeqTrainingArguments
+
+from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(FactorizationArguments):
     """What is trained: a pretrained checkpoint or the sizes of a new model, and its factorization."""
 
     model_name_or_path: str | None = field(
@@ -24,13 +24,6 @@ class ModelArguments:
     ffn_dim: int = field(default=512, metadata={"help": "Width of the feed-forward layers."})
     # None by default: in the four passes of the default run the model does not overfit (0.1 costs 2 BLEU)
     dropout: float = field(default=0.0, metadata={"help": "Dropout after every sub-layer; 0.1 for longer training."})
-    # Factorization
-    factorize: bool = field(default=True, metadata={"help": "Make factorizations of the attention products."})
-    attention: list[str] = field(default_factory=lambda: ["qk", "ov"], metadata={"help": "Which: qk, ov or both."})
-    head_rank: str = field(
-        default="1.0", metadata={"help": "Rank of every head: a fraction of its width (0.5), or a whole number (16)."}
-    )
-    init: str = field(default="spectral", metadata={"help": "Initialisation of the factors: spectral or default."})
 
 
 @dataclass
@@ -94,27 +87,16 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
         super().__post_init__()
 
 
-def parse_arguments() -> tuple[ModelArguments, DataArguments, TranslationArguments]:
+def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, TranslationArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TranslationArguments))
-    try:
-        model_args, data_args, args = parser.parse_args_into_dataclasses()
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+    model_args, data_args, args = parse((ModelArguments, DataArguments, TranslationArguments), description)
     check_arguments(args)
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise InputError(f"--max_steps {args.max_steps}: nothing to train. Give a number, or --num_train_epochs.")
+    check_factorization(model_args, args)
+    check_steps(args)
     if args.load_best_model_at_end and args.average_checkpoints > 1:
         raise InputError("--load_best_model_at_end is one checkpoint, not their mean. Add --average_checkpoints 1.")
     if data_args.source_lang == data_args.target_lang:
         raise InputError(f"--source_lang and --target_lang are both {data_args.source_lang!r}. Give two languages.")
-    if unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
-        raise InputError(
-            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
-            f"{', '.join(model_args.attention)}, or change --attention."
-        )
     if args.average_checkpoints > 1 and args.save_strategy == "no":
         raise InputError("--save_strategy no leaves no checkpoints to average. Add --average_checkpoints 1.")
-    if args.factorize_at and not model_args.factorize:
-        raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. Drop --no_factorize.")
     return model_args, data_args, args

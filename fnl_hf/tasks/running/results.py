@@ -1,6 +1,7 @@
 """What a script leaves behind: metrics, files, and what the run took."""
 
 import json
+import lzma
 import os
 import resource
 import sys
@@ -9,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
-
-
-def report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
-    """Print metrics and write them to `<split>_results.json` and `all_results.json`."""
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
 
 
 def resources_used(started: float) -> dict[str, float]:
@@ -36,8 +30,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a UTF-8 file as a whole or not at all, compressed as well as can be if it is an `.xz`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial, content = path.with_suffix(".partial"), text.encode("utf-8")
+    partial.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME) if path.suffix == ".xz" else content)
     os.replace(partial, path)

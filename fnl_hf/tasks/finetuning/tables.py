@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 from ..running import InputError, one_line, open_text
+from .arguments import TableArguments
 
 # How GLUE's files name their columns: one text or a pair, and the label
 TEXT_COLUMNS = (
@@ -175,3 +179,42 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def read_tables(data_args: TableArguments) -> dict[str, Table]:
+    """The tables that were given, by split."""
+    columns = (data_args.text_column, data_args.text_pair_column, data_args.label_column)
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples, "test": None}
+    tables = {
+        split: read_table(path, *columns, labelled=split != "test").first(limit)
+        for split, limit in limits.items()
+        if (path := getattr(data_args, f"{split}_file"))
+    }
+    widths = {len(table.texts[0]): table.path for table in tables.values()}
+    if len(widths) > 1:
+        raise InputError(f"{widths[1]} has single texts, and {widths[2]} has pairs. Name the columns that are meant.")
+    return tables
+
+
+def class_names(tables: dict[str, Table], config: PreTrainedConfig) -> list[str]:
+    """The classes in the order of their ids: those of a checkpoint that knows the same ones, else the table's."""
+    known = [config.id2label[i] for i in range(config.num_labels)]
+    if "train" in tables:
+        names = label_names(tables["train"].labels, tables["train"].path)
+        return known if sorted(known) == sorted(names) else names
+    if known == [f"LABEL_{i}" for i in range(len(known))]:  # nobody has named them: the table has numbers
+        return [str(i) for i in range(len(known))]
+    return known
+
+
+def encode_table(
+    table: Table, tokenizer: PreTrainedTokenizerBase, max_length: int, names: list[str] | None = None
+) -> Dataset:
+    """Token ids in the columns `input_ids` and, if the tokenizer makes them, `token_type_ids`.
+
+    Args:
+        names: classes; with them there is a column `labels`.
+    """
+    encoded = tokenizer(*map(list, zip(*table.texts, strict=True)), truncation=True, max_length=max_length)
+    columns = {name: ids for name, ids in encoded.items() if name != "attention_mask"}  # the collator makes it
+    return Dataset.from_dict(columns if names is None else columns | {"labels": label_ids(table, names)})

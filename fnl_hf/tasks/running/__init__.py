@@ -1,0 +1,55 @@
+"""What the training scripts share: arguments, errors for their user, text files, checkpoints, and the job itself."""
+
+from .arguments import (
+    FactorizationArguments,
+    check_arguments,
+    check_factorization,
+    check_steps,
+    make_config,
+    parse,
+    parse_head_rank,
+)
+from .checkpoints import (
+    average_checkpoints_,
+    check_same_model,
+    complete_checkpoints,
+    is_finished,
+    last_complete_checkpoint,
+)
+from .errors import InputError, one_line, one_line_errors, run_main
+from .job import Job
+from .messages import say
+from .models import check_fit, load, load_trained, longest_input
+from .results import resources_used, write_json, write_text
+from .text import given_lines, open_text, read_lines
+
+__all__ = [
+    "FactorizationArguments",
+    "InputError",
+    "Job",
+    "average_checkpoints_",
+    "check_arguments",
+    "check_factorization",
+    "check_fit",
+    "check_same_model",
+    "check_steps",
+    "complete_checkpoints",
+    "given_lines",
+    "is_finished",
+    "last_complete_checkpoint",
+    "load",
+    "load_trained",
+    "longest_input",
+    "make_config",
+    "one_line",
+    "one_line_errors",
+    "open_text",
+    "parse",
+    "parse_head_rank",
+    "read_lines",
+    "resources_used",
+    "run_main",
+    "say",
+    "write_json",
+    "write_text",
+]
