@@ -4,9 +4,9 @@ from . import loading
 from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Factorization, HeadProduct, factorizations
-from .normalization import ImposeNorms, RecordNorms
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
+from .rules import ImposeNorms, RecordNorms, Rule
 from .trainer import FNLSeq2SeqTrainer, FNLTrainer
 from .training_arguments import FNLSeq2SeqTrainingArguments, FNLTrainingArguments
 
@@ -20,6 +20,7 @@ __all__ = [
     "HeadProduct",
     "ImposeNorms",
     "RecordNorms",
+    "Rule",
     "Summary",
     "factorizations",
     "factorize",

@@ -153,6 +153,11 @@ class Factorization:
     form: ModuleType
     views: tuple[View, ...]
 
+    @property
+    def family(self) -> str:
+        """The kind as users select it: "qk" includes its rotary form."""
+        return self.kind.removeprefix("rotary-")
+
     def tensors(self) -> list[Tensor]:
         """The factors as strided views of the parameters, as the form takes them (batches broadcast in a group)."""
         return [view() for view in self.views]

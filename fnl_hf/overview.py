@@ -1,15 +1,14 @@
-"""`summary`: the table of what is factorized, what is not, and why; and the trainer's, of what is decayed how."""
+"""`summary`: the table of what is factorized, what is not, and why."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
-from torch.optim import Optimizer
 
 from .config import FNLConfig
-from .factorization import Factorization, HeadProduct, factorizations
+from .factorization import HeadProduct, factorizations
 from .heads import Product
+from .messages import aligned
 from .planning import KEPT, plan
 
 
@@ -53,7 +52,7 @@ class Summary:
             (r["name"], r["kind"], str(r["heads"]), f"{r['rank']}/{r['head_dim']}", r["shapes"], f"{r['parameters']:,}")
             for r in self.rows
         ]
-        lines = [_aligned([head, *table]), *self.notes]
+        lines = [aligned([head, *table]), *self.notes]
         lines += [f"skipped {s['name']} {s['kind']}: {s['reason']}" for s in self.skipped]
         return "\n".join([*lines, self.headline() if self.rows else "not factorized"])
 
@@ -97,32 +96,3 @@ def summary(model: nn.Module) -> Summary:
         padded = sum(row["layout"] == "padded" for row in rows)
         notes.append(f"{len(rows) - padded} products are compact, {padded} padded: not proven equal at a smaller width")
     return Summary(rows, skipped, *sizes, notes)
-
-
-def decay_table(
-    model: nn.Module, optimizer: Optimizer, products: Sequence[Factorization], mode: str, coefficient: str
-) -> str:
-    """What the optimizer decays how: a row per coefficient of L2 decay and per kind of product."""
-    covered = {p for product in products for p in product.parameters() if p.requires_grad}
-    l2: dict[float, list] = {}
-    for group in optimizer.param_groups:
-        l2.setdefault(group.get("weight_decay") or 0.0, []).extend(p for p in group["params"] if p not in covered)
-    rows = [("L2", f"{decay:g}", "", l2[decay]) for decay in sorted(l2, reverse=True) if decay]
-    for kind in dict.fromkeys(product.kind for product in products):
-        some = [product for product in products if product.kind == kind]
-        trained = dict.fromkeys(p for product in some for p in product.parameters() if p.requires_grad)
-        rows.append((f"Frobenius, {mode}", coefficient, f"{len(some)} {kind}", list(trained)))
-    rows.append(("none", "", "", l2.get(0.0, [])))
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    still = sum(all(not p.requires_grad for p in product.parameters()) for product in factorizations(model))
-    if frozen:
-        rows.append(("frozen", "", f"{still} skipped" if still else "", frozen))
-    table = [("decay", "coefficient", "products", "tensors", "parameters")]
-    table += [(*row[:3], str(len(row[3])), f"{sum(p.numel() for p in row[3]):,}") for row in rows]
-    return "fnl_hf: what is decayed\n" + _aligned(table)
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
-    return "\n".join(line.rstrip() for line in lines)

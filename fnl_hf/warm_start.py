@@ -3,12 +3,7 @@
 The switch takes the path of resume: the dense model and optimizer become factorized ones in memory, they are saved as
 an ordinary checkpoint, and training resumes from that. Whatever wrapped the dense model (DDP, `torch.compile`) is
 made anew, and a run that is killed at any moment resumes to the same end: before the switch from a dense checkpoint,
-after it from a factorized one.
-
-Optimizer state: what is not factorized keeps its own. Moments of the factors are carried over, since a factor's
-gradient follows exactly from the gradient of the head that it came from (``algebra.chain.carry``); a reset would throw
-away the direction and, with bias correction long over, make the first steps several times too large. A state that
-carries no meaning there (Adafactor's rows and columns, 8-bit blocks) starts anew, as for a parameter never seen.
+after it from a factorized one. The optimizer's state goes along: see `fnl_hf.optimizer_state`.
 """
 
 import json
@@ -18,23 +13,20 @@ from collections.abc import Mapping
 
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import FNLConfig
 from .factorization import Factorization, factorizations
-from .heads import Product, install
-from .overview import attached
-from .patching import attach, factorize
-from .planning import as_declared, nothing_found, plan
-
-# Names of what optimizers keep per parameter, by its power of the gradient
-_MOMENTS = {
-    "exp_avg": 1, "momentum_buffer": 1, "velocity": 1, "grad_avg": 1,
-    "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2,
-}  # fmt: skip
+from .heads import Product, install  # MERGE
+from .measure import mean_stable_rank
+from .messages import say
+from .optimizer_state import Before, carry_state
+from .overview import attached  # MERGE: .plan
+from .patching import attach, factorize  # MERGE: attach goes
+from .planning import as_declared, nothing_found, plan  # MERGE
 
 STABLE = "stable"
 _CHECKS = 40  # looks at the stable ranks in a run
@@ -84,6 +76,7 @@ class WarmStart(TrainerCallback, ExportableState):
             )
         if attached(model) is None:
             self.targets = targets(model, self.config)
+            say(f"fnl_hf: the model stays dense until factorize_at = {self.at}")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Ask for a checkpoint at the switch: the trainer then switches in its place."""
@@ -100,7 +93,7 @@ class WarmStart(TrainerCallback, ExportableState):
     def _settled(self, args, state, model) -> bool:
         if self.at != STABLE or state.global_step % max(1, state.max_steps // _CHECKS):
             return False
-        before, self.stable_ranks = self.stable_ranks, [stable_rank(as_found(model, t)) for t in self.targets]
+        before, self.stable_ranks = self.stable_ranks, [mean_stable_rank(found(model, t)) for t in self.targets]
         if before is None:
             return False
         settled = all(abs(new - old) < _SETTLED * old for old, new in zip(before, self.stable_ranks, strict=True))
@@ -127,6 +120,32 @@ def parse_switch(at: str) -> tuple[int | None, float]:
     return step, fraction
 
 
+@torch.no_grad()
+def switch(model: nn.Module, config: FNLConfig, state: Mapping[str, dict]) -> dict[str, dict]:
+    """Factorize a dense model in place, and carry the state of its optimizer.
+
+    Args:
+        state: parameter name -> what the optimizer keeps of it.
+
+    Returns:
+        The same for the factorized model; parameters that start anew are missing.
+    """
+    dense = dict(model.named_parameters())
+    before = {target.name: Before.of(found(model, target)) for target in targets(model, config)}
+    factorize(model, config)
+    moves = [(before[product.name], product) for product in factorizations(model)]
+    carried = carry_state(moves, {dense[name]: kept for name, kept in state.items()})
+    factors = {p for _, product in moves for view in product.views for p in (view.parameter, view.bias)}
+    kept = {
+        name: carried.get(parameter) if parameter in factors else state.get(name)
+        for name, parameter in model.named_parameters()
+    }
+    return {name: values for name, values in kept.items() if values}
+
+
+# -- what the plan says: MERGE, all three -------------------------------------------------------------
+
+
 def targets(model: nn.Module, config: FNLConfig) -> list[Product]:
     """What ``factorize`` will make of a dense model.
 
@@ -139,16 +158,9 @@ def targets(model: nn.Module, config: FNLConfig) -> list[Product]:
     return products
 
 
-def as_found(model: nn.Module, product: Product) -> Factorization:
-    """A planned product in the dense model."""
-    return as_declared(product).factorization(product.name, model.get_submodule(product.owner))
-
-
-@torch.no_grad()
-def stable_rank(product: Factorization) -> float:
-    """‖W‖²_F / ‖W‖²₂, the mean over heads: 1 for rank one, at most the width of a head."""
-    energies = product.form.spectrum(product.form.decay_grams(product.tensors())).square()  # (*batch, rank)
-    return float((energies.sum(-1) / energies.amax(-1).clamp_min(torch.finfo(energies.dtype).tiny)).mean())
+def found(model: nn.Module, target: Product) -> Factorization:
+    """A planned factorization in the dense model."""
+    return as_declared(target).factorization(target.name, model.get_submodule(target.owner))
 
 
 def restore_structure(model: nn.Module, stored: FNLConfig) -> None:
@@ -158,68 +170,7 @@ def restore_structure(model: nn.Module, stored: FNLConfig) -> None:
     attach(model, stored, products, stored.plan["skipped"])
 
 
-@torch.no_grad()
-def switch(model: nn.Module, config: FNLConfig, state: Mapping[str, dict]) -> dict[str, dict]:
-    """Factorize a dense model in place, and carry the state of its optimizer.
-
-    Args:
-        state: parameter name -> what the optimizer keeps of it.
-
-    Returns:
-        The same for the factorized model; parameters that start anew are missing.
-    """
-    dense = dict(model.named_parameters())
-    before = {}
-    for target in targets(model, config):
-        product = as_found(model, target)
-        before[target.name] = product.views, [factor.clone() for factor in product.augmented()]
-    factorize(model, config)
-    moves = [(*before[product.name], product) for product in factorizations(model)]
-    covered = {p for *_, product in moves for view in product.views for p in (view.parameter, view.bias)}
-    kept, old, new = {}, {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter not in covered:
-            kept[name] = state.get(name, {})
-        elif name in state and _has_only_moments(state[name], dense[name]):
-            old[dense[name]] = state[name]
-            new[parameter] = {key: _blank(value, key, dense[name], parameter) for key, value in state[name].items()}
-    written = {parameter: torch.zeros_like(parameter) for parameter in new}
-    for views, factors, product in moves:
-        _carry(views, factors, product, old, new)
-        for view, factor in zip(product.views, product.augmented(), strict=True):
-            view.write(torch.ones_like(factor), lambda p: written[p] if p in written else torch.zeros_like(p))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, values in new.items():
-        # Rows of a fused weight that no product reads have no place in a narrower one: it starts anew.
-        if parameter.shape == dense[names[parameter]].shape or written[parameter].all():
-            kept[names[parameter]] = values
-    return {name: values for name, values in kept.items() if values}
-
-
-def _carry(views, factors: list[Tensor], product: Factorization, old: dict, new: dict) -> None:
-    """The moments of one product, from the dense parameters' state into the new ones'."""
-    for key, power in _MOMENTS.items():
-        known = {parameter: state[key] for parameter, state in old.items() if state.get(key) is not None}
-        if not any(view.parameter in known for view in views):
-            continue
-        moments = [view.augmented(lambda p: known[p] if p in known else torch.zeros_like(p)) for view in views]  # noqa: B023
-        targets = {parameter: state[key] for parameter, state in new.items() if key in state}
-        carried = product.form.carry(factors, product.augmented(), moments, power)
-        for view, moment in zip(product.views, carried, strict=True):
-            view.write(moment, lambda p: targets[p] if p in targets else torch.zeros_like(p))  # noqa: B023
-
-
-def _has_only_moments(state: dict, parameter: Tensor) -> bool:
-    """Whether every tensor in an optimizer's state is a moment that can be carried, or a count."""
-    tensors = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}
-    return all(key in _MOMENTS and value.shape == parameter.shape for key, value in tensors.items())
-
-
-def _blank(value, key: str, old: Tensor, new: Tensor):
-    """A state's entry for the new parameter: a moment to be written into, or the count as it is."""
-    if key not in _MOMENTS or value is None:
-        return value
-    return value.clone() if old.shape == new.shape else value.new_zeros(new.shape)
+# ----------------------------------------------------------------------------------------------------
 
 
 class WarmStartMixin:
@@ -260,7 +211,8 @@ class WarmStartMixin:
         self.add_callback(self._warm_start)
 
     @property
-    def _waits_for_switch(self) -> bool:
+    def waits_for_switch(self) -> bool:
+        """Whether the model is still dense and will be factorized in the middle of the run."""
         return self._warm_start is not None and attached(self.model) is None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

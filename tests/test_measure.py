@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.measure import gradient_norms, measurements
-from fnl_hf.normalization import norms, scale_to_
+from fnl_hf.rules.imposed_norms import norms, scale_to_
 from tests.test_trainer import examples, make_model, train
 
 
@@ -117,7 +117,7 @@ def test_imposed_norms_are_those_recorded(tmp_path):
 
 
 def test_the_scale_of_the_papers_vector():
-    """METHODS 1.7: the product of norm √72 goes to norm 5 by the factor 0.7676298919 on either side."""
+    """The product of norm √72 goes to norm 5 by the factor √(5 / √72) = 0.7676298919 on either side."""
     left = torch.tensor([[1.0, 2], [0, 1], [3, -1]], dtype=torch.float64)
     right = torch.tensor([[1.0, 0], [2, 1], [0, -1], [1, 1]], dtype=torch.float64)
     parameters = torch.nn.Parameter(left.clone()), torch.nn.Parameter(right.T.clone())
