@@ -5,10 +5,10 @@ from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Declares, Factorization, FactorLeaf, factorizations
 from .heads import HeadProduct
-from .normalization import ImposeNorms, RecordNorms
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
 from .plan import Candidate, Target, register_family
+from .rules import ImposeNorms, RecordNorms, Rule
 from .trainer import FNLSeq2SeqTrainer, FNLTrainer
 from .training_arguments import FNLSeq2SeqTrainingArguments, FNLTrainingArguments
 
@@ -25,6 +25,7 @@ __all__ = [
     "HeadProduct",
     "ImposeNorms",
     "RecordNorms",
+    "Rule",
     "Summary",
     "Target",
     "factorizations",

@@ -7,16 +7,16 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 
 from .config import ATTENTION_KINDS, INITIALIZATIONS, FNLConfig
-from .factorization import factorizations
 from .loading import written_whole
+from .measure import spectra
 from .overview import Summary, summary
 from .patching import factorize, to_dense
 from .plan import attached
@@ -40,40 +40,27 @@ CARD_START, CARD_END = "<!-- fnl_hf -->", "<!-- /fnl_hf -->"
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong."""
     options = _parser().parse_args(arguments)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
-        options.run(options)
+        with _quiet_transformers():
+            options.run(options)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         print(f"fnl-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def spectra(model: nn.Module, leading: int = 5) -> list[dict]:
-    """Per product of a factorized model, what its singular values σ say; from its factors, never from the matrix.
-
-    Returns:
-        dicts with "name", "kind"; "nuclear_norm" Σσ over all heads; and means over the heads of "stable_rank"
-        Σσ²/σ₁², of "effective_rank", the exponential of the entropy of σ/Σσ (Roy & Vetterli 2007), and of the
-        ``leading`` largest "singular_values". Rotary products have no matrix: theirs are None.
-    """
-    rows = []
-    for product in factorizations(model):
-        row = {"name": product.name, "kind": product.kind}
-        if not product.form.has_matrix:
-            rows.append(row | dict.fromkeys(("nuclear_norm", "stable_rank", "effective_rank", "singular_values")))
-            continue
-        with torch.no_grad():
-            sigma = product.form.singular_values(product.tensors()).double().flatten(0, -2)  # (heads, rank)
-        share = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
-        energy = sigma.square().sum(-1) / sigma[:, 0].square().clamp_min(torch.finfo(sigma.dtype).tiny)
-        row["nuclear_norm"] = sigma.sum().item()
-        row["stable_rank"] = energy.mean().item()
-        row["effective_rank"] = torch.special.entr(share).sum(-1).exp().mean().item()
-        row["singular_values"] = sigma[:, :leading].mean(0).tolist()
-        rows.append(row)
-    return rows
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Errors only and no progress bars; fnl_hf's own log follows. For whoever calls ``main`` all is as before then."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def model_card(model: nn.Module) -> str:
@@ -122,8 +109,9 @@ def _factorize(options: argparse.Namespace) -> None:
         init=options.init,
     )
     _refuse_existing(options.out)
-    model = _load(options.dir)
-    _write(factorize(model, config), options)
+    model = factorize(_load(options.dir), config)
+    print(summary(model).headline())
+    _write(model, options)
 
 
 def _to_dense(options: argparse.Namespace) -> None:
@@ -133,8 +121,7 @@ def _to_dense(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table or the JSON
-        model = _load(options.dir)
+    model = _load(options.dir)
     found, rows = summary(model), spectra(model)
     if options.json:
         document = json.loads(found.to_json())

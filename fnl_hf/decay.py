@@ -1,6 +1,6 @@
-"""Frobenius decay: the gradient of λ/2 Σ ‖product‖²_F in place of λ/2 Σ ‖factor‖² (METHODS 1.2, 1.9).
+"""Frobenius decay: the gradient of λ/2 Σ ‖product‖²_F in place of λ/2 Σ ‖factor‖² (Khodak et al., ICLR 2021).
 
-Two ways in, on any optimizer:
+Of ½ ‖U Vᵀ‖² the gradients are U (VᵀV) and V (UᵀU). Two ways in, on any optimizer:
 
 - coupled, the paper's: the decay gradient joins the loss gradient once per step, before clipping;
 - decoupled, as AdamW does with weight decay: factors shrink by lr · λ · gradient beside the optimizer's own step. An
@@ -52,15 +52,10 @@ def of_kinds(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Facto
     products = factorizations(model)
     if kinds is None:
         return products
-    present = {family(product.kind) for product in products}
+    present = {product.family for product in products}
     if unknown := [kind for kind in kinds if kind not in present]:
         raise ValueError(f"Frobenius decay is asked for kind {unknown[0]!r}; the model has {sorted(present) or 'none'}")
-    return [product for product in products if family(product.kind) in kinds]
-
-
-def family(kind: str) -> str:
-    """The kind as users select it: "qk" includes its rotary form."""
-    return kind.removeprefix("rotary-")
+    return [product for product in products if product.family in kinds]
 
 
 def frobenius_decay_(model: nn.Module, coefficient: float, kinds: Sequence[str] | None = None) -> None:
@@ -178,7 +173,10 @@ def _sharded_gradients(products: Sequence[Factorization]) -> dict[nn.Parameter, 
 
 
 def _check_stable(products: Sequence[Factorization], of_products: Sequence, rates: Sequence[float]) -> None:
-    """With balanced factors a step takes σ to σ(1 − rate·σ)²: past rate·σ = 1 it overshoots (METHODS 1.2)."""
+    """With balanced factors a step takes σ to σ(1 − rate·σ)²: past rate·σ = 1 it overshoots.
+
+    (U − rate·U VᵀV at UᵀU = VᵀV = Σ is U (1 − rate·Σ), V likewise.)
+    """
     if not products:
         return
     bounds = [product.form.stiffness(g) * r for product, g, r in zip(products, of_products, rates, strict=True)]

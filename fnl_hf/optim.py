@@ -1,6 +1,6 @@
 """LAMB, with Frobenius decay where its weight decay stands (FLAMBé), and fairseq's Nesterov momentum.
 
-Both are the optimizers of the paper's Transformer runs (METHODS 1.9); torch and transformers have neither.
+Both are the optimizers of the Transformer runs of Khodak et al. (ICLR 2021); torch and transformers have neither.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,33 +1,25 @@
-"""`Trainer` and `Seq2SeqTrainer` with Frobenius decay, exact under gradient accumulation."""
-
-import math
-import warnings
+"""`Trainer` and `Seq2SeqTrainer` with a list of rules, Frobenius decay first, and losses exact under accumulation."""
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Seq2SeqTrainer, Trainer
 
 from .config import FNLConfig
-from .decay import add_decay_gradients, decay_step, decay_terms, decayed, of_kinds
-from .factorization import factorizations
-from .measure import gradient_norms, measurements
-from .messages import say
-from .normalization import ImposeNorms
 from .optim import NAG, Lamb
+from .rules import FrobeniusDecay, LogFactorizations, Rule
 from .saving import own_names
-from .training_arguments import SCHEDULES, FNLArguments
+from .training_arguments import FNLArguments
 from .warm_start import WarmStartMixin
 
 
 class FNLTrainerMixin(WarmStartMixin):
-    """Adds Frobenius decay to a `Trainer`, and makes a step's loss the mean over all its labels.
-
-    What is decayed is decided by the identity of parameters: those of a factorization under Frobenius decay get no
-    weight decay, all others keep theirs.
+    """Lets rules act in the steps of a `Trainer`, and makes a step's loss the mean over all its labels.
 
     Args:
         fnl_config: What ``factorize_at`` makes of the dense model; see `fnl_hf.warm_start`.
     """
+
+    _attached_to = None  # the optimizer that rules are attached to
 
     def __init__(self, *args, fnl_config: FNLConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -42,35 +34,43 @@ class FNLTrainerMixin(WarmStartMixin):
         self._weights_loss = self.compute_loss_func is None and self.args.n_gpu <= 1
         if self._weights_loss:
             self.model_accepts_loss_kwargs = False
-        self._gradient_norms: dict[str, tuple[float, float]] = {}  # of the step to be logged
-        self._decays = None  # the optimizer that decay is set up for
+        self._set_up_rules()
         self._set_up_warm_start(fnl_config)
 
-    # -- decay ------------------------------------------------------------------------------------------
+    # -- rules ------------------------------------------------------------------------------------------
+
+    @property
+    def rules(self) -> list[Rule]:
+        """What acts in a training step, in this order: the trainer's own, then those among its callbacks."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Rule)]
+
+    def _set_up_rules(self) -> None:
+        decay = next((rule for rule in self.rules if isinstance(rule, FrobeniusDecay)), None)
+        own = [] if decay else [decay := FrobeniusDecay()]
+        self.callback_handler.callbacks[:0] = [LogFactorizations(decay), *own]
+        self._decay = decay
+        for rule in self.rules:
+            rule.bind(self)
+
+    def add_callback(self, callback):
+        """As in `Trainer`; a rule joins ``rules``."""
+        super().add_callback(callback)
+        added = self.callback_handler.callbacks[-1]
+        if isinstance(added, Rule):
+            added.bind(self)
+            if self._attached_to is not None:
+                added.attach(self._attached_to)
 
     @property
     def frobenius_coefficient(self) -> float:
         """λ of the Frobenius decay: ``frobenius_decay``, or ``weight_decay`` where that is not given."""
-        return self.args.weight_decay if self.args.frobenius_decay is None else self.args.frobenius_decay
-
-    def _coefficient_now(self) -> float:
-        """λ at this step of the run, by the schedule."""
-        done = min(1.0, self.state.global_step / max(1, self.state.max_steps))
-        return self.frobenius_coefficient * SCHEDULES[self.args.frobenius_decay_schedule](done)
-
-    def _decayed_products(self):
-        if not self.frobenius_coefficient or self._waits_for_switch:
-            return []
-        return decayed(self.model, self.args.frobenius_decay_kinds)
+        return self._decay.coefficient
 
     def get_decay_parameter_names(self, model):
-        """Names of the parameters under weight decay: as in `Trainer`, less those under Frobenius decay."""
-        products = self._decayed_products()
-        if any(isinstance(callback, ImposeNorms) for callback in self.callback_handler.callbacks):
-            products = factorizations(self.model)  # their norms are imposed
-        covered = {parameter for product in products for parameter in product.parameters()}
-        under_frobenius = {name for name, parameter in model.named_parameters() if parameter in covered}
-        return [name for name in super().get_decay_parameter_names(model) if name not in under_frobenius]
+        """Names of the parameters under weight decay: as in `Trainer`, less those that a rule covers."""
+        covered = set().union(*(rule.covered() for rule in self.rules))
+        by_rules = {name for name, parameter in model.named_parameters() if parameter in covered}
+        return [name for name in super().get_decay_parameter_names(model) if name not in by_rules]
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -87,146 +87,43 @@ class FNLTrainerMixin(WarmStartMixin):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def create_optimizer(self, *args, **kwargs):
-        """As in `Trainer`; sets Frobenius decay up and says once what is decayed how."""
+        """As in `Trainer`; every rule is attached to what is made."""
         created = super().create_optimizer(*args, **kwargs)
         # Trained again, or with a smaller batch after memory ran out, it comes back in accelerate's wrapper.
         optimizer = created.optimizer if isinstance(created, AcceleratedOptimizer) else created
-        if self._decays is not optimizer:
-            self._set_up_decay(optimizer)
-            self._decays = optimizer
+        if self._attached_to is not optimizer:
+            for rule in self.rules:
+                rule.attach(optimizer)
+            self._attached_to = optimizer
         return created
 
-    def _set_up_decay(self, optimizer) -> None:
-        products = self._decayed_products()
-        if self.args.frobenius_decay and not products and not self._waits_for_switch:
-            raise ValueError(
-                f"frobenius_decay is {self.args.frobenius_decay}, but the model has no factorization that trains; "
-                "call fnl_hf.factorize(model) before making the trainer"
-            )
-        if not products and self.args.frobenius_decay is None and factorizations(self.model):
-            warnings.warn(
-                "the model is factorized but nothing decays it; set frobenius_decay (or weight_decay)", stacklevel=2
-            )
-        if products:
-            self._refuse_what_decay_cannot_reach(optimizer, products)
-        mode = self.args.frobenius_decay_mode
-        if mode == "auto":
-            mode = "coupled" if isinstance(optimizer, (torch.optim.SGD, NAG)) else "decoupled"
-        self._couples_decay = mode == "coupled"
-        if products and mode == "decoupled" and isinstance(optimizer, Lamb):
-            optimizer.frobenius = lambda: decay_terms(self._decayed_products(), self._coefficient_now())
-        elif products and mode == "decoupled":
-            optimizer.register_step_pre_hook(
-                lambda optimizer, *_: decay_step(self._decayed_products(), optimizer, self._coefficient_now())
-            )
-        say("fnl_hf: what is decayed")
-        if self._waits_for_switch:
-            say(f"fnl_hf: the model stays dense until factorize_at = {self.args.factorize_at}")
-
-    def _decay_in_words(self) -> str:
-        schedule = self.args.frobenius_decay_schedule
-        return f"{self.frobenius_coefficient:g}" + ("" if schedule == "constant" else f", {schedule} to 0")
-
-    def _refuse_what_decay_cannot_reach(self, optimizer, products) -> None:
-        """Stop where Frobenius decay would be wrong, or not happen at all."""
-        covered = {parameter for product in products for parameter in product.parameters() if parameter.requires_grad}
-        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        name = f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower()
-        remedy = "choose another optimizer, or set frobenius_decay to 0"
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                "Frobenius decay does not work under DeepSpeed, whose engine holds partitions of its own in place of "
-                "parameters and gradients: use FSDP 2, or set frobenius_decay to 0"
-            )
-        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
-            raise ValueError(
-                "Frobenius decay does not work under FSDP 1, which flattens parameters: set version 2 in fsdp_config, "
-                "or frobenius_decay to 0"
-            )
-        if any(word in name for word in ("schedulefree", "schedule_free", "lomo", "layerwise")):
-            raise ValueError(
-                f"Frobenius decay is not proven beside {type(optimizer).__name__}, which does not step a parameter "
-                f"from its value and its .grad: {remedy}"
-            )
-        if outside := covered - held:
-            raise ValueError(
-                f"{type(optimizer).__name__} does not hold {len(outside)} of the {len(covered)} trainable factors, as "
-                f"layer-wise and in-backward optimizers do not: {remedy}, or freeze those factors"
-            )
-        for product in products:
-            for parameter in product.parameters():
-                if parameter.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                    raise ValueError(
-                        f"{product.name} has a factor of {parameter.dtype}: a quantized weight is not what the model "
-                        "multiplies by; dequantize the model, or freeze both factors"
-                    )
-        for group in optimizer.param_groups:
-            if group.get("weight_decay") and (both := covered.intersection(group["params"])):
-                raise ValueError(
-                    f"{len(both)} parameters under Frobenius decay are in an optimizer group with weight_decay "
-                    f"{group['weight_decay']}; two decays must not hit one parameter: give them a group with 0.0"
-                )
-
-    # -- one step ---------------------------------------------------------------------------------------
-
     def training_step(self, *args, **kwargs):
-        """As in `Trainer`; coupled decay joins the gradients once they are summed, before they are clipped."""
+        """As in `Trainer`; rules see the gradients once they are summed, before they are clipped."""
         loss = super().training_step(*args, **kwargs)
-        products = self._decayed_products() if self.accelerator.sync_gradients else []
-        if products:
-            # Under fp16 the gradients here are still scaled, by a power of two: scaling the decay alike is exact.
-            scaler = self.accelerator.scaler
+        if self.accelerator.sync_gradients:
+            scaler, logged = self.accelerator.scaler, self._logs_this_step()
             scale = 1.0 if scaler is None else scaler.get_scale()
-            if self._logs_this_step():
-                self._gradient_norms = gradient_norms(products, self._coefficient_now() * scale)
-            if self._couples_decay:
-                add_decay_gradients(products, self._coefficient_now() * scale)
+            for rule in self.rules:
+                rule.after_backward(scale, logged)
         return loss
-
-    def _save_checkpoint(self, model, trial):
-        """As in `Trainer`, under the model's own names.
-
-        A model loaded from a checkpoint with older names (LayerNorm.gamma, as bert-base-uncased has them) is saved with
-        those, and what the Trainer reads back, to resume or as the best model, knows only the model's own: all
-        LayerNorms would silently be lost (transformers issue 48805).
-        """
-        with own_names(self.model):
-            super()._save_checkpoint(model, trial)
-
-    # -- what the user sees -----------------------------------------------------------------------------
 
     def _logs_this_step(self) -> bool:
         """Whether the step that is about to end will be logged."""
         args, step = self.args, self.state.global_step + 1
-        if not args.log_factorizations or args.logging_strategy == "no":
+        if args.logging_strategy == "no":
             return False
         if args.logging_strategy == "epoch":
             return self.accelerator.gradient_state.end_of_dataloader
         return step % max(1, self.state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
 
     def log(self, logs, *args, **kwargs):
-        """As in `Trainer`; beside the loss the value of the decay, and norms, rank and balance of the products."""
-        if "loss" in logs and self.args.log_factorizations and not self._waits_for_switch:
-            logs = logs | self._product_logs()
+        """As in `Trainer`; what rules measure joins the loss."""
+        if "loss" in logs:
+            for rule in self.rules:
+                logs = logs | rule.logs()
         super().log(logs, *args, **kwargs)
 
-    def _product_logs(self) -> dict[str, float]:
-        products = of_kinds(self.model, self.args.frobenius_decay_kinds)
-        try:
-            measured = measurements(products)
-        except torch.linalg.LinAlgError:  # of weights that are not finite; the loss beside this says so
-            return {}
-        for kind, (of_decay, of_loss) in self._gradient_norms.items():
-            measured[kind]["decay_to_loss_gradient"] = of_decay / of_loss if of_loss else math.inf
-        self._gradient_norms = {}
-        if measured and self.frobenius_coefficient:
-            coefficient = self._coefficient_now()
-            measured[""]["decay"] = coefficient / 2 * measured[""]["frobenius_norm"] ** 2
-        return {
-            f"fnl/{kind}/{name}" if kind else f"fnl/{name}": float(f"{value:.6g}")
-            for kind, values in measured.items()
-            for name, value in values.items()
-        }
+    # -- the weighting of the loss ----------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, with the number of labels of the whole step, over micro-batches and processes."""
@@ -256,6 +153,18 @@ class FNLTrainerMixin(WarmStartMixin):
         labels = _labels(inputs)
         return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(-100).sum()
 
+    # -- checkpoints ------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        """As in `Trainer`, under the model's own names.
+
+        A model loaded from a checkpoint with older names (LayerNorm.gamma, as bert-base-uncased has them) is saved with
+        those, and what the Trainer reads back, to resume or as the best model, knows only the model's own: all
+        LayerNorms would silently be lost (transformers issue 48805).
+        """
+        with own_names(self.model):
+            super()._save_checkpoint(model, trial)
+
 
 def _labels(inputs) -> torch.Tensor | None:
     """What a batch is scored by; a question has one label, where its answer starts."""
@@ -263,8 +172,8 @@ def _labels(inputs) -> torch.Tensor | None:
 
 
 class FNLTrainer(FNLTrainerMixin, Trainer):
-    """`transformers.Trainer` with Frobenius decay; takes `FNLTrainingArguments`."""
+    """`transformers.Trainer` with Frobenius decay and other rules; takes `FNLTrainingArguments`."""
 
 
 class FNLSeq2SeqTrainer(FNLTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` with Frobenius decay; takes `FNLSeq2SeqTrainingArguments`."""
+    """`transformers.Seq2SeqTrainer` with Frobenius decay and other rules; takes `FNLSeq2SeqTrainingArguments`."""

@@ -1,27 +1,49 @@
 """`FNLTrainingArguments`: those of transformers, and those of decay, the two optimizers and the warm start."""
 
-import math
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .decay import check_coefficient
+from .rules.frobenius_decay import SCHEDULES
 from .warm_start import parse_switch
 
 _MODES = ("auto", "coupled", "decoupled")
 _OPTIMIZERS = ("lamb", "nag")
-# name -> share of the coefficient at a share of the run
-SCHEDULES = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
-}
 
 
 @dataclass
 class FNLArguments:
-    """What both classes of training arguments add."""
+    """What both classes of training arguments add. No default of transformers is changed.
 
+    Args:
+        frobenius_decay (`float`, *optional*):
+            Coefficient of the Frobenius decay of every factorization. Not given: that of `weight_decay`, the rule of
+            Khodak et al. (ICLR 2021). 0: none; the factors then take weight decay as all other weights do.
+        frobenius_decay_kinds (`list[str]`, *optional*):
+            Kinds that decay, such as `["ov"]`; `"qk"` includes its rotary form. Not given: all.
+        frobenius_decay_mode (`str`, defaults to `"auto"`):
+            `"coupled"`: the gradient of the decay joins the loss's, before clipping. `"decoupled"`: factors shrink
+            beside the optimizer's step, by learning rate x coefficient x gradient. `"auto"`: coupled for SGD and NAG,
+            else decoupled.
+        frobenius_decay_schedule (`str`, defaults to `"constant"`):
+            The coefficient over the run: `"constant"`, or down to 0 by a line (`"linear"`) or a cosine (`"cosine"`).
+        fnl_optim (`str`, *optional*):
+            An optimizer beside those of `optim`. `"lamb"`: with decoupled decay FLAMBé, with coupled decay the paper's
+            LAMB + FD; betas and epsilon from `adam_*`. `"nag"`: fairseq's Nesterov momentum (0.99, or `optim_args`).
+        factorize_at (`str`, *optional*):
+            Train the dense model first and factorize it after this step (`"300"`), this share of the run (`"0.25"`),
+            or when the stable ranks have settled (`"stable"`; by half the run at the latest). The config goes to
+            `FNLTrainer(fnl_config=...)`.
+        log_factorizations (`bool`, defaults to `True`):
+            Log norms, effective rank and balance of the factorizations beside the loss.
+
+    Raises:
+        ValueError: An argument is none of what it may be, a coefficient negative or not finite, or the switch would
+            come after the run.
+    """
+
+    # Frobenius decay
     frobenius_decay: float | None = field(
         default=None,
         metadata={
@@ -37,12 +59,11 @@ class FNLArguments:
         default="auto",
         metadata={
             "help": "coupled: the gradient of the decay joins the loss's, before clipping. decoupled: factors shrink "
-            "beside the optimizer's step, by learning rate x coefficient x gradient. auto: coupled for SGD, else "
-            "decoupled.",
+            "beside the optimizer's step, by learning rate x coefficient x gradient. auto: coupled for SGD and "
+            "NAG, else decoupled.",
             "choices": _MODES,
         },
     )
-
     frobenius_decay_schedule: str = field(
         default="constant",
         metadata={
@@ -50,6 +71,8 @@ class FNLArguments:
             "choices": SCHEDULES,
         },
     )
+
+    # Optimizer
     fnl_optim: str | None = field(
         default=None,
         metadata={
@@ -60,6 +83,7 @@ class FNLArguments:
         },
     )
 
+    # Warm start
     factorize_at: str | None = field(
         default=None,
         metadata={
@@ -68,6 +92,8 @@ class FNLArguments:
             "train_runtime are then those of the steps after it. The config goes to FNLTrainer(fnl_config=...)."
         },
     )
+
+    # Logging
     log_factorizations: bool = field(
         default=True,
         metadata={"help": "Log norms, effective rank and balance of the factorizations beside the loss."},
@@ -95,9 +121,9 @@ class FNLArguments:
 
 @dataclass
 class FNLTrainingArguments(FNLArguments, TrainingArguments):
-    """`TrainingArguments` with those of Frobenius decay."""
+    """`TrainingArguments` with those of `FNLArguments`, at the same defaults."""
 
 
 @dataclass
 class FNLSeq2SeqTrainingArguments(FNLArguments, Seq2SeqTrainingArguments):
-    """`Seq2SeqTrainingArguments` with those of Frobenius decay."""
+    """`Seq2SeqTrainingArguments` with those of `FNLArguments`, at the same defaults."""

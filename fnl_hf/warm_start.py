@@ -3,12 +3,7 @@
 The switch takes the path of resume: the dense model and optimizer become factorized ones in memory, they are saved as
 an ordinary checkpoint, and training resumes from that. Whatever wrapped the dense model (DDP, `torch.compile`) is
 made anew, and a run that is killed at any moment resumes to the same end: before the switch from a dense checkpoint,
-after it from a factorized one.
-
-Optimizer state: what is not factorized keeps its own. Moments of the factors are carried over, since a factor's
-gradient follows exactly from the gradient of the head that it came from (``algebra.chain.carry``); a reset would throw
-away the direction and, with bias correction long over, make the first steps several times too large. A state that
-carries no meaning there (Adafactor's rows and columns, 8-bit blocks) starts anew, as for a parameter never seen.
+after it from a factorized one. The optimizer's state goes along: see `fnl_hf.optimizer_state`.
 """
 
 import json
@@ -18,22 +13,19 @@ from collections.abc import Mapping
 
 import torch
 from accelerate.utils import broadcast
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import FNLConfig
-from .factorization import Factorization, factorizations
+from .factorization import factorizations
+from .measure import mean_stable_rank
+from .messages import say
+from .optimizer_state import Before, carry_state
 from .patching import factorize, install
 from .plan import Plan, Target, attached
 from .planning import nothing_found, plan
-
-# Names of what optimizers keep per parameter, by its power of the gradient
-_MOMENTS = {
-    "exp_avg": 1, "momentum_buffer": 1, "velocity": 1, "grad_avg": 1,
-    "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2,
-}  # fmt: skip
 
 STABLE = "stable"
 _CHECKS = 40  # looks at the stable ranks in a run
@@ -83,6 +75,7 @@ class WarmStart(TrainerCallback, ExportableState):
             )
         if attached(model) is None:
             self.targets = targets(model, self.config)
+            say(f"fnl_hf: the model stays dense until factorize_at = {self.at}")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Ask for a checkpoint at the switch: the trainer then switches in its place."""
@@ -99,7 +92,7 @@ class WarmStart(TrainerCallback, ExportableState):
     def _settled(self, args, state, model) -> bool:
         if self.at != STABLE or state.global_step % max(1, state.max_steps // _CHECKS):
             return False
-        before, self.stable_ranks = self.stable_ranks, [stable_rank(t.found(model)) for t in self.targets]
+        before, self.stable_ranks = self.stable_ranks, [mean_stable_rank(t.found(model)) for t in self.targets]
         if before is None:
             return False
         settled = all(abs(new - old) < _SETTLED * old for old, new in zip(before, self.stable_ranks, strict=True))
@@ -126,6 +119,29 @@ def parse_switch(at: str) -> tuple[int | None, float]:
     return step, fraction
 
 
+@torch.no_grad()
+def switch(model: nn.Module, config: FNLConfig, state: Mapping[str, dict]) -> dict[str, dict]:
+    """Factorize a dense model in place, and carry the state of its optimizer.
+
+    Args:
+        state: parameter name -> what the optimizer keeps of it.
+
+    Returns:
+        The same for the factorized model; parameters that start anew are missing.
+    """
+    dense = dict(model.named_parameters())
+    before = {target.name: Before.of(target.found(model)) for target in targets(model, config)}
+    factorize(model, config)
+    moves = [(before[product.name], product) for product in factorizations(model)]
+    carried = carry_state(moves, {dense[name]: kept for name, kept in state.items()})
+    factors = {p for _, product in moves for view in product.views for p in (view.parameter, view.bias)}
+    kept = {
+        name: carried.get(parameter) if parameter in factors else state.get(name)
+        for name, parameter in model.named_parameters()
+    }
+    return {name: values for name, values in kept.items() if values}
+
+
 def targets(model: nn.Module, config: FNLConfig) -> tuple[Target, ...]:
     """What ``factorize`` will make of a dense model.
 
@@ -138,80 +154,7 @@ def targets(model: nn.Module, config: FNLConfig) -> tuple[Target, ...]:
     return planned.targets
 
 
-@torch.no_grad()
-def stable_rank(product: Factorization) -> float:
-    """‖W‖²_F / ‖W‖²₂, the mean over heads: 1 for rank one, at most the width of a head."""
-    energies = product.form.spectrum(product.form.decay_grams(product.tensors())).square()  # (*batch, rank)
-    return float((energies.sum(-1) / energies.amax(-1).clamp_min(torch.finfo(energies.dtype).tiny)).mean())
-
-
-def restore_structure(model: nn.Module, stored: FNLConfig) -> None:
-    """Give a dense model the factors of a stored plan; their values are still to be loaded."""
-    install(model, stored, Plan.of(stored))
-
-
-@torch.no_grad()
-def switch(model: nn.Module, config: FNLConfig, state: Mapping[str, dict]) -> dict[str, dict]:
-    """Factorize a dense model in place, and carry the state of its optimizer.
-
-    Args:
-        state: parameter name -> what the optimizer keeps of it.
-
-    Returns:
-        The same for the factorized model; parameters that start anew are missing.
-    """
-    dense = dict(model.named_parameters())
-    before = {}
-    for target in targets(model, config):
-        product = target.found(model)
-        before[target.name] = product.views, [factor.clone() for factor in product.augmented()]
-    factorize(model, config)
-    moves = [(*before[product.name], product) for product in factorizations(model)]
-    covered = {p for *_, product in moves for view in product.views for p in (view.parameter, view.bias)}
-    kept, old, new = {}, {}, {}
-    for name, parameter in model.named_parameters():
-        if parameter not in covered:
-            kept[name] = state.get(name, {})
-        elif name in state and _has_only_moments(state[name], dense[name]):
-            old[dense[name]] = state[name]
-            new[parameter] = {key: _blank(value, key, dense[name], parameter) for key, value in state[name].items()}
-    written = {parameter: torch.zeros_like(parameter) for parameter in new}
-    for views, factors, product in moves:
-        _carry(views, factors, product, old, new)
-        for view, factor in zip(product.views, product.augmented(), strict=True):
-            view.write(torch.ones_like(factor), lambda p: written[p] if p in written else torch.zeros_like(p))
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, values in new.items():
-        # Rows of a fused weight that no product reads have no place in a narrower one: it starts anew.
-        if parameter.shape == dense[names[parameter]].shape or written[parameter].all():
-            kept[names[parameter]] = values
-    return {name: values for name, values in kept.items() if values}
-
-
-def _carry(views, factors: list[Tensor], product: Factorization, old: dict, new: dict) -> None:
-    """The moments of one product, from the dense parameters' state into the new ones'."""
-    for key, power in _MOMENTS.items():
-        known = {parameter: state[key] for parameter, state in old.items() if state.get(key) is not None}
-        if not any(view.parameter in known for view in views):
-            continue
-        moments = [view.augmented(lambda p: known[p] if p in known else torch.zeros_like(p)) for view in views]  # noqa: B023
-        targets = {parameter: state[key] for parameter, state in new.items() if key in state}
-        carried = product.form.carry(factors, product.augmented(), moments, power)
-        for view, moment in zip(product.views, carried, strict=True):
-            view.write(moment, lambda p: targets[p] if p in targets else torch.zeros_like(p))  # noqa: B023
-
-
-def _has_only_moments(state: dict, parameter: Tensor) -> bool:
-    """Whether every tensor in an optimizer's state is a moment that can be carried, or a count."""
-    tensors = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}
-    return all(key in _MOMENTS and value.shape == parameter.shape for key, value in tensors.items())
-
-
-def _blank(value, key: str, old: Tensor, new: Tensor):
-    """A state's entry for the new parameter: a moment to be written into, or the count as it is."""
-    if key not in _MOMENTS or value is None:
-        return value
-    return value.clone() if old.shape == new.shape else value.new_zeros(new.shape)
+# ----------------------------------------------------------------------------------------------------
 
 
 class WarmStartMixin:
@@ -252,7 +195,8 @@ class WarmStartMixin:
         self.add_callback(self._warm_start)
 
     @property
-    def _waits_for_switch(self) -> bool:
+    def waits_for_switch(self) -> bool:
+        """Whether the model is still dense and will be factorized in the middle of the run."""
         return self._warm_start is not None and attached(self.model) is None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -263,7 +207,7 @@ class WarmStartMixin:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         stored = _stored_config(resume_from_checkpoint)
         if stored is not None and attached(self.model) is None:
-            restore_structure(self.model, stored)
+            install(self.model, stored, Plan.of(stored))  # the values of its factors come with the weights
         if attached(self.model) is not None and stored is None:
             raise ValueError(
                 "factorize_at is given, but the model is factorized already: drop factorize_at and fnl_config, or call "
@@ -305,8 +249,10 @@ class WarmStartMixin:
         optimizer = self.create_optimizer()
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for group in optimizer.param_groups:
+            # Factors under new names go by those that they share a group with
+            known = [options[names[p]] for p in group["params"] if names[p] in options] or list(options.values())
+            group.update(known[-1])
             for parameter in group["params"]:
-                group.update(options[names[parameter]])
                 if names[parameter] in carried:
                     optimizer.state[parameter] = carried[names[parameter]]
         self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = (

@@ -8,7 +8,8 @@ import transformers as tf
 from safetensors.torch import load_file
 
 import fnl_hf
-from fnl_hf.cli import main, spectra
+from fnl_hf.cli import main
+from fnl_hf.measure import spectra
 from tests.families import BART, TEXT, build, output
 
 

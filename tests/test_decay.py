@@ -11,7 +11,7 @@ from fnl_hf.heads import HeadProduct, HeadSlice
 from fnl_hf.optim import NAG, Lamb
 from tests.families import BERT, FAMILIES, build
 
-# The papers' integer vector: d = 3, two heads of width 2 (METHODS 6).
+# An integer vector: d = 3, two heads of width 2.
 Q = [[1, 0, 2], [0, 1, 1], [1, 1, 0], [2, 0, -1]]
 K = [[1, 1, 0], [0, 1, -1], [1, 0, 1], [0, 2, 1]]
 V = [[1, 0, 0], [1, 1, 1], [0, 1, 2], [1, 0, 1]]

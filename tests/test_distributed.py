@@ -59,7 +59,7 @@ def run(tmp_path, name, processes, *arguments):
     command = [*launcher, model_type, optim, mode, str(out), batch, accumulate, at]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("fnl_hf: what is decayed") == (1 if at == "start" else 2)  # not once per process
+    assert done.stderr.count("fnl_hf: what is decayed") == (1 if at == "start" else 2)  # not once per process
     return torch.load(out)
 
 

@@ -221,7 +221,7 @@ def test_summary_and_repr_show_the_products():
 def test_factorize_says_one_line(capsys):
     model, _ = build("bert")
     fnl_hf.factorize(model, fnl_hf.FNLConfig())
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "8 qk in 2 modules" in lines[0]
 
 

@@ -38,7 +38,7 @@ def spectra(model):
 
 
 def decayed_by_rate(sigma, rate):
-    """METHODS 1.2: a step of decay takes σ to σ (1 − ηλσ)²."""
+    """A step of decay takes σ of balanced factors to σ (1 − ηλσ)²: each of the two loses ηλσ of itself."""
     return sigma * (1 - rate * sigma).square()
 
 

@@ -10,8 +10,8 @@ import transformers as tf
 from torch.testing import assert_close
 
 import fnl_hf
-from fnl_hf.measure import gradient_norms, measurements
-from fnl_hf.normalization import norms, scale_to_
+from fnl_hf.measure import effective_rank, gradient_norms, measurements, spectra, stable_rank
+from fnl_hf.rules.imposed_norms import norms, scale_to_
 from tests.test_trainer import examples, make_model, train
 
 
@@ -52,6 +52,28 @@ def test_spectral_factors_are_balanced_and_their_bound_is_tight():
         for kind, values in measurements(fnl_hf.factorizations(model)).items():
             assert values["imbalance"] < 1e-5, kind
             assert values["nuclear_bound"] == pytest.approx(values["nuclear_norm"], rel=1e-4), kind
+
+
+def test_ranks_of_known_spectra():
+    sigma = torch.tensor([[3.0, 3, 3], [5, 0, 0], [0, 0, 0], [1, 2, 1]], dtype=torch.float64)
+    assert_close(effective_rank(sigma), torch.tensor([3, 1, 1, 2**1.5], dtype=torch.float64))
+    assert_close(stable_rank(sigma), torch.tensor([3, 1, 0, 1.5], dtype=torch.float64))
+
+
+def test_spectra_are_those_of_the_matrices_and_none_where_there_is_no_matrix():
+    config = tf.LlamaConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=1, vocab_size=50, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = fnl_hf.factorize(tf.LlamaForCausalLM(config))
+    rows = {row["kind"]: row for row in spectra(model, leading=2)}
+    assert [value for key, value in rows["rotary-qk"].items() if key not in ("name", "kind")] == [None] * 4
+    (product,) = (f for f in fnl_hf.factorizations(model) if f.kind == "ov")
+    sigma = torch.linalg.svdvals(product.matrix().detach())[:, :8].double()  # (groups, rank)
+    assert rows["ov"]["nuclear_norm"] == pytest.approx(sigma.sum().item(), rel=1e-5)
+    assert rows["ov"]["stable_rank"] == pytest.approx(stable_rank(sigma).mean().item(), rel=1e-5)
+    assert rows["ov"]["effective_rank"] == pytest.approx(effective_rank(sigma).mean().item(), rel=1e-5)
+    assert rows["ov"]["singular_values"] == pytest.approx(sigma[:, :2].mean(0).tolist(), rel=1e-5)
 
 
 def test_gradient_norms_are_those_of_autograd():
@@ -117,7 +139,7 @@ def test_imposed_norms_are_those_recorded(tmp_path):
 
 
 def test_the_scale_of_the_papers_vector():
-    """METHODS 1.7: the product of norm √72 goes to norm 5 by the factor 0.7676298919 on either side."""
+    """The product of norm √72 goes to norm 5 by the factor √(5 / √72) = 0.7676298919 on either side."""
     left = torch.tensor([[1.0, 2], [0, 1], [3, -1]], dtype=torch.float64)
     right = torch.tensor([[1.0, 0], [2, 1], [0, -1], [1, 1]], dtype=torch.float64)
     parameters = torch.nn.Parameter(left.clone()), torch.nn.Parameter(right.T.clone())

@@ -174,7 +174,7 @@ def test_adapters_train_beside_frozen_factors(tmp_path, capsys):
         train(copy.deepcopy(adapted), tmp_path, examples("bert"), frobenius_decay=0.1)
     before = {n: p.detach().clone() for n, p in adapted.named_parameters()}
     train(adapted, tmp_path, examples("bert"), weight_decay=0.1)  # decays what it can: nothing of the products
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "4 skipped" in printed and "Frobenius" not in printed
     factors = [n for n in before if "attention" in n and "lora" not in n]
     now = dict(adapted.named_parameters())

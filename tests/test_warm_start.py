@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.algebra import chain, rotary
-from fnl_hf.warm_start import WarmStart, parse_switch, stable_rank, switch
+from fnl_hf.measure import mean_stable_rank
+from fnl_hf.warm_start import WarmStart, parse_switch, switch
 from tests.test_trainer import examples, make_model
 
 HALF = fnl_hf.FNLConfig(head_rank=0.5)
@@ -128,7 +129,7 @@ def test_stable_rank_is_that_of_the_matrices():
     for product in fnl_hf.factorizations(model):
         sigma = torch.linalg.svdvals(product.matrix().detach())
         expected = (sigma.square().sum(-1) / sigma[:, 0].square()).mean()
-        assert stable_rank(product) == pytest.approx(float(expected), rel=1e-4)
+        assert mean_stable_rank(product) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_stable_waits_for_the_ranks_and_no_longer_than_half_the_run(tmp_path):

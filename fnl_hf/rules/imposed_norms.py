@@ -1,4 +1,4 @@
-"""The paper's normalization experiment (Khodak et al., 3.3; METHODS 1.7): is it the norms that decay helps by?
+"""The normalization experiment (Khodak et al., ICLR 2021, section 3.3): is it the norms that decay helps by?
 
 Run A trains with decay and records the Frobenius norm of every product after every step. Run B trains without decay
 and has these norms imposed: after each step its factors are scaled so that every product is as large as A's was.
@@ -12,10 +12,12 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
-from .factorization import Factorization, factorizations
-from .sharding import is_sharded
+from ..factorization import Factorization, factorizations
+from ..sharding import is_sharded
+from .rule import Rule
 
 
 @torch.no_grad()
@@ -33,18 +35,24 @@ def norms(products: list[Factorization]) -> dict[str, float]:
 
 @torch.no_grad()
 def scale_to_(product: Factorization, norm: float) -> None:
-    """Multiply both factors by √(norm / ‖product‖_F), so that the product has that Frobenius norm.
+    """Multiply every factor by the same number, √(norm / ‖product‖_F) for two of them: the product gets that norm.
 
     A product that is zero stays zero.
     """
-    size = float(product.squared_norm().sqrt())
-    if size > 0:
-        for view in product.views:
-            view().mul_((norm / size) ** 0.5)
+    tensors, squared = product.tensors(), float(product.squared_norm())
+    if squared > 0:
+        # ½ ‖product‖² is homogeneous in its factors, of twice the degree k of the product: Σ ⟨A, ∂A⟩ = k ‖product‖².
+        gradients = product.form.decay_gradients(tensors)
+        slope = sum(float((tensor * gradient).sum()) for tensor, gradient in zip(tensors, gradients, strict=True))
+        scale = (norm / squared**0.5) ** (1 / round(slope / squared))
+        for tensor in tensors:
+            tensor.mul_(scale)
 
 
 class RecordNorms(TrainerCallback):
     """Writes the norm of every product after every optimizer step: JSON lines {"step": 1, "norms": {name: norm}}.
+
+    It only looks, so it is no `Rule` but a plain callback, which every `Trainer` takes.
 
     A resumed run goes on where its checkpoint was: what a killed run recorded after that is dropped.
     """
@@ -68,7 +76,7 @@ class RecordNorms(TrainerCallback):
                 file.write(json.dumps(row) + "\n")
 
 
-class ImposeNorms(TrainerCallback):
+class ImposeNorms(Rule):
     """Scales the factors after every optimizer step to the norms that `RecordNorms` wrote; they get no weight decay.
 
     Raises:
@@ -96,10 +104,14 @@ class ImposeNorms(TrainerCallback):
                 "run of as many steps"
             )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def covered(self) -> set[nn.Parameter]:
+        return {parameter for product in factorizations(self.run.model) for parameter in product.parameters()}
+
+    def after_step(self) -> None:
         """The same norms as the recorded run had after this step."""
-        for product in factorizations(model):
-            scale_to_(product, self.targets[state.global_step][product.name])
+        norms_now = self.targets[self.run.state.global_step]
+        for product in factorizations(self.run.model):
+            scale_to_(product, norms_now[product.name])
 
 
 def _rows(path: Path) -> list[dict]:
