@@ -94,7 +94,7 @@ class FNLConfig(QuantizationConfigMixin):
         return getattr(self, name, default)
 
     def head_rank_of(self, name: str, head_dim: int) -> int:
-        """The rank asked for in the attention module ``name``, whose heads are ``head_dim`` wide; it may be above that."""
+        """The rank asked for in the attention module ``name``, of heads ``head_dim`` wide; it may be above that."""
         rank = next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, name)), self.head_rank)
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 

@@ -88,11 +88,6 @@ class Factorization:
         """(how many matrices, or heads; their rank)."""
         return self.form.size(self.tensors())
 
-    @property
-    def family(self) -> str:
-        """The kind as users select it: "qk" includes its rotary form."""
-        return self.kind.removeprefix("rotary-")
-
     def tensors(self) -> list[Tensor]:
         """The factors as strided views of the parameters, as the form takes them (batches broadcast in a group)."""
         return [view() for view in self.views]

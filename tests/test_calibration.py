@@ -1,6 +1,6 @@
 """Second moments of what multiplies factors: against a direct construction, without padding, and hooks that go away."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,11 +20,11 @@ def outputs_of(model, name, batch, end="output"):
     """What a module takes or puts out, (sequences, positions, features), in float64."""
     seen = []
     module = model.get_submodule(name)
-    handle = module.register_forward_hook(lambda m, args, out: seen.append((args[0] if end == "input" else out).double()))
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(args[0] if end == "input" else out))
     with torch.no_grad():
         model(**batch)
     handle.remove()
-    return seen[0]
+    return seen[0].double()
 
 
 def hooks(model):
@@ -42,14 +42,15 @@ def test_moments_are_those_of_each_head_without_padding(family):
     assert model.training and hooks(model) == before and set(found) == {t.name for t in targets}
     model.eval()
     leaf = {"bert": "encoder.layer.1.attention.self.key", "gpt2": "h.1.attn.c_attn"}[family]
-    features = [outputs_of(model, leaf, batch)[batch.get("attention_mask", torch.ones(2, 3)).bool()] for batch in batches]
-    keys = torch.cat(features)[:, slice(32, 64) if family == "gpt2" else slice(None)].unflatten(-1, (4, 8))
+    kept = [batch.get("attention_mask", torch.ones(2, 3)).bool() for batch in batches]
+    keys = torch.cat([outputs_of(model, leaf, batch)[mask] for batch, mask in zip(batches, kept, strict=True)])
+    keys = keys[:, slice(32, 64) if family == "gpt2" else slice(None)].unflatten(-1, (4, 8))
     expected = torch.einsum("nhi,nhj->hij", keys, keys) / len(keys)
     (name,) = (t.name for t in targets if t.kind == "qk" and ".1." in t.name)
     assert len(keys) == 12 + 6 and found[name][1].dtype == torch.float64
     assert_close(found[name][1], expected)
     out = {"bert": "encoder.layer.0.attention.output.dense", "gpt2": "h.0.attn.c_proj"}[family]
-    context = torch.cat([outputs_of(model, out, b, "input")[b.get("attention_mask", torch.ones(2, 3)).bool()] for b in batches])
+    context = torch.cat([outputs_of(model, out, b, "input")[mask] for b, mask in zip(batches, kept, strict=True)])
     context = context.unflatten(-1, (4, 8))
     (name,) = (t.name for t in targets if t.kind == "ov" and ".0." in t.name)
     assert_close(found[name][0], torch.einsum("nhi,nhj->hij", context, context) / 18)
@@ -116,11 +117,6 @@ def test_hooks_and_modes_come_back_whatever_happens():
 
 def test_what_the_batches_do_not_reach_has_no_moment():
     model, inputs = build("bart")
-
-    @dataclass(frozen=True)
-    class Encoder:
-        """A model of which only a part runs."""
-
     targets = plan(model, fnl_hf.FNLConfig()).targets
     whole = nn.Module()
     whole.model, whole.forward = model, lambda input_ids: model.encoder(input_ids)

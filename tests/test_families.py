@@ -1,4 +1,4 @@
-"""A second family of targets, registered from outside: a low-rank linear goes through everything that heads go through."""
+"""A second family of targets, registered from outside: a low-rank linear goes through all that heads go through."""
 
 import copy
 import json
@@ -36,7 +36,8 @@ class Thin(fnl_hf.Declares, fnl_hf.FactorLeaf):
 
     def factorization(self, name, parent):
         views = tuple(View(p, lambda p: p[None], outer) for p, outer in ((self.weight, -2), (self.right, -1)))
-        return fnl_hf.Factorization(name, "thin", chain, views, full_rank=min(self.weight.shape[0], self.right.shape[1]))
+        full_rank = min(self.weight.shape[0], self.right.shape[1])
+        return fnl_hf.Factorization(name, "thin", chain, views, full_rank)
 
     def dense(self):
         linear = nn.Linear(self.right.shape[1], self.weight.shape[0], self.bias is not None)
@@ -153,7 +154,7 @@ def test_it_trains_logs_and_decays(thin, tmp_path):
     logged = trainer.state.log_history[0]
     norm = sum(before[name] for name in before if name.endswith("intermediate.dense")) ** 0.5
     assert logged["fnl/thin/frobenius_norm"] == pytest.approx(norm, rel=0.05)
-    assert logged["fnl/thin/effective_rank"] <= 5 and logged["fnl/thin/decay"] > 0
+    assert logged["fnl/thin/effective_rank"] <= 5 and logged["fnl/decay"] > 0
 
 
 def test_a_warm_start_carries_the_moments_of_the_dense_weight(thin, tmp_path):
