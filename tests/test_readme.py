@@ -23,7 +23,7 @@ def test_the_examples_run(capsys):
 
 
 def test_the_figures_are_those_of_the_results():
-    text = README.read_text()
+    text = (RESULTS / "README.md").read_text()
     ratios = json.loads((RESULTS / "benchmark_decay_cpu.json").read_text())["ratios"]
     for key, shown in (
         ("coupled decay / optimizer step", "coupled decay, share of an AdamW step | {:.1%}"),
@@ -65,3 +65,26 @@ def test_the_figures_are_those_of_the_results():
     for slot in ("qk", "ov"):
         exact = sum(any(slot in kind for kind in row["products"]) for row in attention)
         assert f"{exact} types" in text
+
+
+def test_what_the_readme_quotes_is_in_the_tables():
+    text = " ".join(README.read_text().split())
+    ratios = json.loads((RESULTS / "benchmark_decay_cpu.json").read_text())["ratios"]
+    share, penalty = ratios["coupled decay / optimizer step"], ratios["autograd penalty / coupled decay"]
+    assert f"costs {100 * share:.1f} % of an AdamW step" in text and f"{penalty:.1f} x less than an autograd" in text
+    assert f"{ratios['SVD of each product / spectral init']:.0f} x faster than an SVD" in text
+    runs = json.loads((RESULTS / "translation_head_rank.json").read_text())["runs"]
+    bleu = {(run["head_rank"], run["factorize_at"], run["seed"]): run["test_bleu"] for run in runs}
+    assert f"reaches {bleu[1.0, None, 42]:.2f} and {bleu[1.0, None, 1]:.2f} test BLEU" in text
+    for rank in (0.5, 0.25):
+        assert f"({bleu[rank, None, 42]:.2f}, {bleu[rank, None, 1]:.2f})" in text
+    variants = json.loads((RESULTS / "bert_mini_cpu.json").read_text())["variants"].values()
+    losses = [sorted(v["pretrain"]["metrics"]["eval_loss"].items())[0][1] for v in variants]
+    assert f"(masked-LM loss {', '.join(f'{loss:.3f}' for loss in losses)})" in text
+    types = json.loads((RESULTS / "attention_coverage.json").read_text())["types"].values()
+    attention = [row for row in types if row.get("executed")]
+    assert f"of {len(attention)} types with softmax attention" in text and not any(row["wrong"] for row in attention)
+    for slot, shown in (("ov", "O/V is exact in {} types"), ("qk", "Q/K exact or rotary in {} types")):
+        assert shown.format(sum(any(slot in kind for kind in row["products"]) for row in attention)) in text
+    clean = [row for row in attention if not row["wrong"] and not row["missed"]]
+    assert f"in {len(clean)} of the {len(attention)} model types" in text
