@@ -11,7 +11,7 @@ from torch import nn
 from ..config import ATTENTION_KINDS, FNLConfig
 from ..factorization import Factorization, swap
 from ..plan import Activation, Renaming, Target
-from ..proof import Evidence
+from ..proof import Evidence, Recording
 from .compact import compact_attributes
 from .leaf import HeadLinear, HeadPadding, can_be_narrowed
 from .product import HeadProduct
@@ -249,10 +249,23 @@ def _compacted(targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget
         pairs = (target for target in targets if target.slot == "ov" and target.parameters()[1].startswith(inside))
         if (ov := next(pairs, None)) is None or not qk.rank == ov.rank < qk.left.width == ov.left.width:
             continue
-        attributes = evidence.recording and compact_attributes(evidence.recording, qk, ov)
-        if attributes is not None:
+        if evidence.recording and (attributes := _attributes(evidence.recording, qk, ov)) is not None:
             compact |= {qk.name: replace(qk, compact=attributes), ov.name: replace(ov, compact={})}
     return [compact.get(target.name, target) for target in targets]
+
+
+def _attributes(recording: Recording, qk: HeadTarget, ov: HeadTarget) -> dict[str, int] | None:
+    """What ``qk.owner`` must be told about really narrower heads; None where they are not proven."""
+    executed = recording.executed_above(ov.owner)
+    if executed is None:
+        return None
+    here = [replace(target, name=target.name.removeprefix(executed).removeprefix(".")) for target in (qk, ov)]
+
+    def narrow(module: nn.Module, attributes: dict[str, int] | None) -> None:
+        compact = (None, None) if attributes is None else (attributes, {})
+        HeadTarget.install(module, [replace(t, compact=told) for t, told in zip(here, compact, strict=True)])
+
+    return compact_attributes(recording, executed, here[0].owner, qk.left, qk.rank, narrow)
 
 
 def _paddings(model, targets) -> dict[str, tuple[HeadPadding | None, HeadPadding | None]]:
