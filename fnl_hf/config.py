@@ -11,6 +11,7 @@ FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
 INITIALIZATIONS = ("spectral", "default")  # the functions are in `initialization`
 CALIBRATED = frozenset()  # those of them that look at data
+KEEP_THE_PRODUCT = frozenset(INITIALIZATIONS)  # those that leave it as it is at full rank
 
 
 @dataclass(kw_only=True)

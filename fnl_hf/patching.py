@@ -1,19 +1,20 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .calibration import moments
-from .config import CALIBRATED, FNLConfig
+from .checking import check_unchanged, refuse_wrapped
+from .config import CALIBRATED, KEEP_THE_PRODUCT, FNLConfig
 from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
 from .initialization import initial_factors
 from .messages import say
 from .plan import Plan, attach, attached, headline
-from .planning import nothing_found, plan
-from .proof import Recording, Verification
+from .planning import nothing_found, plan_with_evidence
+from .proof import Evidence, Verification, prove
 from .saving import save_under_any_names, save_under_own_names
 
 
@@ -22,6 +23,7 @@ def factorize(
     config: FNLConfig | None = None,
     verify: Mapping | None = None,
     calibration: Iterable[Mapping] | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Make the products of a model explicit, initialise them, and return the model.
 
@@ -31,15 +33,19 @@ def factorize(
     Args:
         model: Any model with softmax attention.
         config: What to factorize and how; ``FNLConfig()`` if not given.
-        verify: Example inputs, as the model's forward takes them by keyword. Every product is then proven on them
-            first, and what fails is skipped. Without them, what structure leaves open is probed on made-up inputs.
+        verify: Example inputs, as the model's forward takes them by keyword. Every product is proven on a replay of its
+            attention module: on the call that it receives from these inputs; without them from made-up ones, or on what
+            its signature asks for. What fails is skipped.
         calibration: Batches, each a dict of the forward's inputs, for an ``init`` that looks at data; padding
             (``attention_mask``) is left out.
+        check: Where all products keep their full rank, run the model once more on the inputs that it was recorded with:
+            it must give what it gave before.
 
     Raises:
-        TypeError: ``config`` is not a `FNLConfig`.
+        TypeError: ``config`` is not a `FNLConfig`, or the model is wrapped (compiled, parallel, adapted).
         ValueError: The model is factorized already or quantized, has nothing that fits the config, holds non-finite
-            weights, or a rank is too high; ``calibration`` is given to an ``init`` that takes none, or is missing.
+            weights or such that are not in memory, or a rank is too high; ``calibration`` is given to an ``init`` that
+            takes none, or is missing; the check failed.
     """
     config = FNLConfig() if config is None else config
     if not isinstance(config, FNLConfig):
@@ -50,27 +56,56 @@ def factorize(
             if calibration is None
             else f"init={config.init!r} does not look at data: drop calibration"
         )
+    refuse_wrapped(model)
     _refuse_factorized(model)
-    planned = plan(model, config, verify)
+    planned, evidence = plan_with_evidence(model, config, verify)
     if not planned.targets:
         raise ValueError(nothing_found(model, config, planned))
     sides = moments(model, planned.targets, calibration) if calibration is not None else {}
-    factors = {}
+    before, factors = {}, {}
     for target in planned.targets:
         product = target.found(model)
-        for factor in product.augmented():
+        before[target.name] = product.augmented()
+        for factor in before[target.name]:
             if not torch.isfinite(factor).all():
                 raise ValueError(
                     f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
         factors[target.name] = initial_factors(product, target.rank, config.init, sides.get(target.name))
-    install(model, config, planned)
-    for product in declared(model):
-        product.write(factors[product.name])
+    full = all(target.rank == target.found(model).full_rank for target in planned.targets)
+    if full and check and evidence.recording and config.init in KEEP_THE_PRODUCT:
+        before = {name: [factor.detach().clone() for factor in several] for name, several in before.items()}
+        with _restored_on_error(model, before):
+            install(model, config, planned)
+            _write(model, factors)
+            check_unchanged(model, evidence.recording)
+    else:
+        install(model, config, planned)
+        _write(model, factors)
     products = factorizations(model)
     sizes = [(product.kind, *product.size()) for product in products]
     say(headline(sizes, *parameter_counts(model, products), len(planned.skipped)))
     return model
+
+
+def _write(model: nn.Module, factors: Mapping[str, Sequence[torch.Tensor]]) -> None:
+    for product in declared(model):
+        product.write(factors[product.name])
+
+
+@contextmanager
+def _restored_on_error(model: nn.Module, before: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
+    """Within, an error takes declarations away again and writes the old factors back, bit for bit."""
+    stored = vars(getattr(model, "config", model)).get("quantization_config")
+    try:
+        yield
+    except BaseException:
+        if is_factorized(model):
+            _write(model, before)
+            to_dense(model)
+        if stored is not None:  # what `from_config` had left there
+            getattr(model, "config", model).quantization_config = stored
+        raise
 
 
 def install(model: nn.Module, config: FNLConfig, planned: Plan) -> None:
@@ -92,12 +127,11 @@ def verify(model: nn.Module, **example_inputs) -> Verification:
     Raises:
         ProbeError: The model does not run on these inputs.
     """
-    products = {product.name: (product.kind, partial(_declared_at, product.name)) for product in declared(model)}
+    products = list(declared(model))
     if not products:
-        targets = plan(model, FNLConfig(), example_inputs).targets
-        products = {target.name: (target.kind, target.found) for target in targets}
-    recording = Recording(model, example_inputs, {name.rpartition(".")[0] for name in products})
-    return Verification([recording.verdict(name, *product) for name, product in products.items()])
+        planned, evidence = plan_with_evidence(model, FNLConfig(), example_inputs)
+        return prove(evidence, [target.found(model) for target in planned.targets])
+    return prove(Evidence(model, example_inputs, {product.name for product in products}), products)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -112,7 +146,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         leaf = getattr(module, "base_layer", None)
         if isinstance(leaf, FactorLeaf) and leaf.compact:
             raise ValueError(f"{name} holds an adapter as narrow as its compact leaf: merge or unload adapters first")
-    swap(model, {leaf: leaf.dense() for leaf in model.modules() if isinstance(leaf, FactorLeaf)})
+    swap(model, _dense_leaves(model))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Declares):
@@ -127,6 +161,19 @@ def to_dense(model: nn.Module) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------
 
 
+def _dense_leaves(model: nn.Module) -> dict[FactorLeaf, nn.Module]:
+    """Every factor leaf and the ordinary layer of its function; leaves that are tied become layers that are."""
+    dense: dict[FactorLeaf, nn.Module] = {}
+    first: dict[tuple[int, ...], nn.Module] = {}
+    for leaf in model.modules():
+        if isinstance(leaf, FactorLeaf):
+            dense[leaf] = leaf.dense()
+            one = first.setdefault(tuple(map(id, leaf.parameters())), dense[leaf])
+            for name, parameter in one.named_parameters():
+                setattr(dense[leaf], name, parameter)
+    return dense
+
+
 def _refuse_factorized(model: nn.Module) -> None:
     if is_factorized(model):
         raise ValueError("the model is factorized already; call fnl_hf.to_dense(model) before factorizing it anew")
@@ -134,9 +181,3 @@ def _refuse_factorized(model: nn.Module) -> None:
     # Ours on a dense model is the config of a factorized one, from which `from_config` made a new model.
     if stored is not None and dict(stored)["quant_method"] != "fnl":
         raise ValueError("the model is quantized; factorize the unquantized model")
-
-
-def _declared_at(name: str, model: nn.Module):
-    parent, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent)
-    return getattr(parent, child).factorization(name, parent)

@@ -124,7 +124,7 @@ class Candidate:
         name: of the module, for the user.
         kind: what is looked for there.
         options: the targets that it may be, the most general first; the first one that is proven exact is taken.
-        certain: structure alone decides: the first option needs no proof.
+        certain: there is nothing to prove: a layer that is replaced as a whole.
         doubt: what stands in between, or why there is no option, in words for the user.
     """
 

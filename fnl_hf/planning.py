@@ -1,4 +1,4 @@
-"""What `factorize` would do to a model: finders offer, the proof chooses, the families settle ranks."""
+"""What `factorize` would do to a model: finders offer, the proof chooses, what is shared is left, ranks are settled."""
 
 from collections.abc import Mapping
 
@@ -8,6 +8,7 @@ from .config import FNLConfig
 from .heads import HeadTarget, find_heads
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence
+from .ties import without_shared
 
 register_family(find_heads, HeadTarget)
 
@@ -15,16 +16,20 @@ register_family(find_heads, HeadTarget)
 def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> Plan:
     """The targets of a dense model with their ranks, and what is skipped.
 
-    Where structure does not decide (fused layouts, rotary positions), or everywhere if ``inputs`` are given, the first
-    option of a candidate that is proven exact is taken.
+    Of what a finder offers in a place, the first option that is proven exact is taken. What cannot be proven, or
+    shares its parameters with something else, is skipped.
 
     Raises:
         ProbeError: The model does not run on ``inputs``.
         ValueError: The config's ranks do not fit the model.
     """
+    return plan_with_evidence(model, config, inputs)[0]
+
+
+def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> tuple[Plan, Evidence]:
+    """``plan``, and what it was proven by."""
     candidates = [Candidate.of(found) for family in FAMILIES.values() for found in family.finder(model, config)]
-    owners = {option.name.rpartition(".")[0] for candidate in candidates for option in candidate.options}
-    evidence = Evidence(model, inputs, owners)
+    evidence = Evidence(model, inputs, {option.name for candidate in candidates for option in candidate.options})
     targets, skipped = [], []
     for candidate in candidates:
         target, reason = _chosen(candidate, evidence)
@@ -32,29 +37,26 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
             skipped.append(Skip(candidate.name, candidate.kind, reason))
         else:
             targets.append(target)
+    targets, shared = without_shared(model, targets)
     settled = []
     for family in FAMILIES.values():
         if of_family := [target for target in targets if type(target) is family.target]:
             settled += family.target.settle(model, config, of_family, evidence)
-    return Plan(tuple(settled), tuple(skipped))
+    return Plan(tuple(settled), (*skipped, *shared)), evidence
 
 
-def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, str | None]:
+def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, str]:
     """The first option that is exact, or why there is none."""
-    if candidate.certain and evidence.inputs is None:
-        return candidate.options[0], None
-    verdict = None
-    for option in candidate.options if evidence.recording else ():
-        if option.found(evidence.model).lone:  # a weight by itself: there is nothing to prove
-            return option, None
-        verdict = evidence.recording.verdict(option.name, option.kind, option.found)
-        if verdict.exact:
-            return option, None
-    if verdict is None:
-        obstacle = evidence.obstacle if candidate.options else ""
-        return None, "; ".join(filter(None, (candidate.doubt, obstacle)))
-    reason = verdict.reason or candidate.doubt
-    return None, reason or "something stands between its projections: the output does not follow them"
+    if not candidate.options:
+        return None, candidate.doubt
+    if candidate.certain:
+        return candidate.options[0], ""
+    index, reason = evidence.chosen([(option.name, option.kind, option.found) for option in candidate.options])
+    if index is not None:
+        return candidate.options[index], ""
+    if not reason:  # it runs, and every option is refuted
+        return None, candidate.doubt or "something stands between its projections: the output does not follow them"
+    return None, "; ".join(filter(None, (candidate.doubt, reason)))
 
 
 def nothing_found(model: nn.Module, config: FNLConfig, plan: Plan) -> str:

@@ -1,47 +1,54 @@
 """Proof on the user's own model that a found product *is* the product the model uses.
 
 A product is exact if a random change of basis inside it (A G and G⁻¹ B, biases carried along; for rotary heads only
-what commutes with the rotation) leaves the attention's output where it was, while the one-sided change moves it.
+what commutes with the rotation) leaves the output where it was, while changing either side alone moves it: the control,
+without which a product that nothing reads would pass.
 
-One forward of the model records what each attention module is called with; the modules are then replayed alone, in
-float64, so that a probe costs milliseconds and tells rounding from a wrong layout.
+Two ways to look. `Evidence` replays an attention module by itself, a float64 copy with random weights on a call that it
+received or could receive, so that rounding, zero weights and short inputs hide nothing; what is proven for one layer
+holds for its equals. `verify_all` changes every product of the whole model at once.
 """
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .calls import Call, ProbeError, Recording, drawn, made_up, outputs_of, record_examples, rotations_of, tensors_in
 from .factorization import Factorization
 
-TOLERANCE = 5e-5  # of the change that the one-sided control makes; wrong layouts have shown 1.4e-4 and more
-REACH = 3  # how far above a product's owner the module may be whose call is replayed
+TOLERANCE = 5e-5  # of the change that the one-sided controls make; wrong layouts have shown 1.4e-4 and more
+MOVED = 1e-6  # relative change of the output from which on a control has moved it
+REFUTED = 1e-2  # relative change under which a two-sided change may still be exact
+REACH = 3  # how far above a product's owner the module may be that is replayed
 UNREACHED = "these inputs do not reach it: pass verify=example inputs that do"
+# What a forward of the whole model loses by rounding, as a share of what the control changes
+ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+COARSE_ROUNDING = 0.1  # in half precision
 
-
-class ProbeError(ValueError):
-    """The model could not be run on the inputs at hand."""
+Found = Callable[[nn.Module], Factorization]  # a product in a model that has the names of the one at hand
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a probe found: relative changes of the output under the two-sided and the one-sided change of basis."""
+    """What a proof found: relative changes of the output under the two-sided and the one-sided change of basis."""
 
     name: str
     kind: str
     change: float | None
     control: float | None
     reason: str | None = None
+    tolerance: float = TOLERANCE
 
     @property
     def exact(self) -> bool:
         """True if the output stays and the control moves it."""
-        return self.reason is None and self.change < TOLERANCE * self.control
+        return self.reason is None and self.change < self.tolerance * self.control
 
     def __str__(self) -> str:
         if self.reason:
@@ -65,93 +72,76 @@ class Verification:
     __repr__ = __str__
 
 
-class Recording:
-    """The calls that the executed modules of a model received in one forward, and their replay in float64."""
-
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], owners: Iterable[str]):
-        self._model = model
-        self._replayed: dict[str, tuple[nn.Module, Tensor]] = {}
-        ancestors = {name for owner in owners for name in _lineage(owner)}
-        self._calls = _record(model, inputs, ancestors)
-
-    def verdict(self, name: str, kind: str, found: Callable[[nn.Module], Factorization]) -> Verdict:
-        """Probe one product of the recorded model.
-
-        Args:
-            name: where it is, or will be, declared.
-            found: the product in a model of the same names: ``target.found``, say.
-        """
-        executed = self.executed_above(name.rpartition(".")[0])
-        if executed is None:
-            return Verdict(name, kind, None, None, UNREACHED)
-        try:
-            module, reference = self._replica(executed)
-            product = found(_rooted(executed, module))
-            change = self._moved(executed, module, reference, product, ("left", "right"))
-            # A large change is a refutation whatever the control says; the control costs another replay.
-            control = 1.0 if change > 1e-2 else self._moved(executed, module, reference, product, ("left",))
-        except Exception as error:  # any user model may stand here; what it raised is the reason to report
-            return Verdict(name, kind, None, None, f"its module does not replay alone: {error}")
-        return Verdict(name, kind, change, control, None if control else UNREACHED)
-
-    def executed_above(self, owner: str) -> str | None:
-        """The nearest module at or above ``owner`` that was called in the recorded forward, if one is near."""
-        return next((ancestor for ancestor in _lineage(owner)[:REACH] if ancestor in self._calls), None)
-
-    def copied(self, name: str) -> nn.Module:
-        """An executed module as it stands, in float64, to be changed and replayed."""
-        return copy.deepcopy(self._model.get_submodule(name)).double().requires_grad_(False)
-
-    def replay(self, name: str, module: nn.Module) -> Tensor:
-        """What ``module`` returns for the call that ``name`` received."""
-        dtype = next(module.parameters()).dtype
-        args, kwargs = _cast(self._calls[name], dtype)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return _first_tensor(module(*args, **kwargs))
-
-    def _replica(self, name: str) -> tuple[nn.Module, Tensor]:
-        """A copy of an executed module and what it returns: in float64, or in float32 where it insists on that."""
-        if name not in self._replayed:
-            self._replayed.clear()  # one module at a time: a float64 copy of a large one is large
-            for dtype in (torch.float64, torch.float32):
-                module = copy.deepcopy(self._model.get_submodule(name)).to(dtype).requires_grad_(False)
-                try:
-                    reference = self.replay(name, module)
-                except Exception:
-                    if dtype is torch.float32:
-                        raise
-                    continue
-                if reference.isfinite().all():
-                    break
-            self._replayed[name] = module, reference
-        return self._replayed[name]
-
-    def _moved(self, name, module, reference, product: Factorization, sides: tuple[str, ...]) -> float:
-        """The relative change of the output when these sides of the product get a new basis."""
-        original = [tensor.clone() for tensor in product.augmented()]
-        changed = product.form.change_basis(original, torch.Generator().manual_seed(0), sides)
-        try:
-            product.write(changed)
-            output = self.replay(name, module)
-        finally:
-            product.write(original)
-        return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
+# -- one module by itself ----------------------------------------------------------------------------
 
 
-@dataclass
-class Evidence:
-    """What there is to prove products with: one forward of the model, run when it is first asked for.
+class Stage:
+    """A float64 copy of one module, alone, with random weights, and a call of it.
 
-    Attributes:
-        inputs: the user's example inputs; None to make some up.
-        owners: names of modules, at or above which calls are recorded.
+    In float32 where the module insists on that.
+
+    Raises:
+        Exception: The module does not run on the call, or gives what is not finite.
     """
 
-    model: nn.Module
-    inputs: Mapping[str, Any] | None
-    owners: Iterable[str]
-    obstacle: str = ""  # why there is no recording
+    def __init__(self, name: str, module: nn.Module, call: Call):
+        self.name = name
+        for dtype in (torch.float64, torch.float32):
+            self.module, self.call = _random_copy(module, dtype), call.to(dtype)
+            try:
+                self.output = self.run(self.module)
+            except Exception:
+                if dtype is torch.float32:
+                    raise
+                continue
+            if self.output.isfinite().all():
+                return
+        raise ProbeError(f"{type(module).__name__} gives values that are not finite")
+
+    def run(self, module: nn.Module) -> Tensor:
+        """What a module of the same names returns for the call."""
+        call = copy.deepcopy(self.call)  # some modules write into their arguments
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return next(tensors_in(module(*call.args, **call.kwargs)))
+
+    def root(self, module: nn.Module | None = None) -> nn.Module:
+        """A model that holds nothing but the copy (or ``module``), under the name that it has in the whole one."""
+        module = self.module if module is None else module
+        for step in reversed(self.name.split(".") if self.name else []):
+            parent = nn.Module()
+            parent.add_module(step, module)
+            module = parent
+        return module
+
+    def moved(self, product: Factorization, sides: Sequence[str]) -> float:
+        """The relative change of the output when these sides of a product get a new basis."""
+        with _new_basis([product], sides):
+            return _distance(self.run(self.module), self.output)
+
+    def verdict(self, name: str, kind: str, found: Found) -> Verdict:
+        """Probe one product, which lies in this module."""
+        product = found(self.root())
+        change = self.moved(product, ("left", "right"))
+        if change > REFUTED:  # a refutation whatever the controls say, which cost a replay each
+            return Verdict(name, kind, change, 1.0)
+        control = min(self.moved(product, (side,)) for side in ("left", "right"))
+        return Verdict(name, kind, change, control, None if control > MOVED else UNREACHED)
+
+
+class Evidence:
+    """What there is to prove the products of a model with: one forward, run when it is first asked for, and replays.
+
+    Args:
+        inputs: the user's example inputs; None to make some up.
+        names: of what is to be proven; calls are recorded at or above the modules that (will) hold it.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any] | None = None, names: Iterable[str] = ()):
+        self.model, self.inputs, self._owners = model, inputs, {name.rpartition(".")[0] for name in names}
+        self.obstacle = ""  # why there is no recording
+        self._known: dict[tuple, Any] = {}
+        self._stages: dict[tuple, Stage | Exception] = {}
 
     @cached_property
     def recording(self) -> Recording | None:
@@ -160,74 +150,234 @@ class Evidence:
         Raises:
             ProbeError: The model does not run on the user's inputs.
         """
+        names = {ancestor for owner in self._owners for ancestor in _lineage(owner)[:REACH]}
         if self.inputs is not None:
-            return Recording(self.model, self.inputs, self.owners)
+            return Recording(self.model, self.inputs, names, self._alike)
         try:
-            return record_examples(self.model, self.owners)
+            return record_examples(self.model, names, self._alike)
         except ProbeError as error:
-            self.obstacle = f"{error}; pass factorize(..., verify=example_inputs) to decide"
+            self.obstacle = str(error)
             return None
 
+    def _alike(self, name: str) -> tuple:
+        return fingerprint(self.model.get_submodule(name))
 
-def record_examples(model: nn.Module, owners: Iterable[str]) -> Recording:
-    """A recording on made-up inputs, for a probe where the user gave none.
+    @cached_property
+    def _rotations(self) -> list[tuple[Tensor, ...]]:
+        return rotations_of(self.model)
+
+    def chosen(self, options: Sequence[tuple[str, str, Found]]) -> tuple[int | None, str]:
+        """(index of the first option that is exact, ""), or (None, why there is none; "" for a refutation).
+
+        Args:
+            options: (name, kind, how it is found) of what may lie in one place.
+        """
+        owner, _, slot = options[0][0].rpartition(".")
+        question, reasons = ("exact", slot, tuple(kind for _, kind, _ in options)), []
+
+        def first_exact(stage: Stage) -> tuple[int | None, str]:
+            verdicts = []
+            for i, option in enumerate(options):
+                verdicts.append(stage.verdict(*option))
+                if verdicts[-1].exact:
+                    return i, ""
+            return None, next((verdict.reason for verdict in verdicts if verdict.reason), "")
+
+        for index, reason in self.tried(owner, widths_of(options[0][2](self.model)), question, first_exact):
+            if index is not None or not reason:  # proven, or refuted
+                return index, reason
+            reasons.append(reason)
+        if UNREACHED in reasons:
+            return None, UNREACHED
+        why = f"its module does not replay alone ({reasons[0]})" if reasons else self.obstacle or UNREACHED
+        return None, f"{why}: pass verify=example inputs that reach it" if self.inputs is None else why
+
+    def refuted(self, product: Factorization) -> Verdict | None:
+        """The verdict of a replay that refutes a product of the model as it is; None if none does."""
+
+        def verdict(stage: Stage) -> tuple[Verdict, str]:
+            found = stage.verdict(product.name, product.kind, lambda root: _declared_at(product.name, root))
+            return found, found.reason or ""
+
+        owner, _, slot = product.name.rpartition(".")
+        for found, reason in self.tried(owner, widths_of(product), ("as it is", slot, product.kind), verdict):
+            if not reason:
+                return None if found.exact else replace(found, name=product.name)
+        return None
+
+    def tried(
+        self, owner: str, widths: tuple[int, int], question: tuple, answer: Callable[[Stage], tuple[Any, str]]
+    ) -> Iterator[tuple[Any, str]]:
+        """What each stage at or above ``owner`` answers, the likeliest first; (None, error) where it does not run.
+
+        An answer is remembered for all modules that are equal to this one but for the values of their weights.
+        """
+        for name, call in self._calls(owner, widths):
+            key = (question, owner.removeprefix(name), fingerprint(self.model.get_submodule(name)), call.described())
+            if key not in self._known:
+                stage = self._stage(name, call)
+                try:
+                    self._known[key] = (None, _line(stage)) if isinstance(stage, Exception) else answer(stage)
+                except Exception as error:  # any user module may stand here; what it raised is the reason to report
+                    self._known[key] = None, _line(error)
+            yield self._known[key]
+
+    def _calls(self, owner: str, widths: tuple[int, int]) -> Iterator[tuple[str, Call]]:
+        """(module at or above ``owner``, a call of it): what was recorded, drawn anew; then what its signature asks."""
+        generator = torch.Generator().manual_seed(0)
+        for name in _lineage(owner)[:REACH]:
+            if self.recording and name in self.recording.calls:
+                for call in drawn(self.recording.calls[name], self.model.get_submodule(name), widths, generator):
+                    yield name, call
+                break
+        for name in _lineage(owner)[: REACH - 1]:
+            module = self.model.get_submodule(name)
+            if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            for call in made_up(module, widths, self._rotations, generator):
+                yield name, call
+
+    def _stage(self, name: str, call: Call) -> Stage | Exception:
+        """The stage for a call; one at a time is kept, since a float64 copy of a large module is large."""
+        key = name, call.described()
+        if key not in self._stages:
+            self._stages.clear()
+            try:
+                self._stages[key] = Stage(name, self.model.get_submodule(name), call)
+            except Exception as error:  # any user module may stand here
+                self._stages[key] = error
+        return self._stages[key]
+
+
+# -- the whole model ---------------------------------------------------------------------------------
+
+
+def prove(evidence: Evidence, products: Sequence[Factorization]) -> Verification:
+    """Prove what a model is said to use: by replays of its modules, and by changing all products of it at once.
+
+    Three forwards of the model where all hold: as it is, with every product in another basis, and with one side of
+    every product so. More only to name what fails.
 
     Raises:
-        ProbeError: The model runs on nothing that could be made up from its config.
+        ProbeError: The model does not run on the inputs.
     """
-    error = ProbeError(f"no example inputs are known for {type(model).__name__}")
-    for inputs in example_inputs(model):
-        try:
-            return Recording(model, inputs, owners)
-        except ProbeError as tried:
-            error = tried
-    raise error
+    if not products:
+        return Verification([])
+    model, recording = evidence.model, evidence.recording
+    dtype = products[0].views[0].parameter.dtype
+    tolerance = ROUNDING.get(dtype, COARSE_ROUNDING)
+    is_reached = [_is_called(evidence, product) for product in products]
+    reached = [product for product, there in zip(products, is_reached, strict=True) if there]
+
+    def moved(some: Sequence[Factorization], sides: Sequence[str]) -> float:
+        with _new_basis(some, sides):
+            return max(map(_distance, outputs_of(model, recording.inputs), recording.output), default=0.0)
+
+    change, control = (moved(reached, ("left", "right")), moved(reached, ("left",))) if reached else (0.0, 0.0)
+    verdicts = []
+    for product, there in zip(products, is_reached, strict=True):
+        if not there:
+            verdicts.append(Verdict(product.name, product.kind, None, None, UNREACHED))
+            continue
+        values, refuted = (change, control), evidence.refuted(product)
+        if not change < tolerance * control:  # something fails: is it this one?
+            values = moved([product], ("left", "right")), moved([product], ("left",))
+        reason = None if values[0] > REFUTED or values[1] > MOVED else UNREACHED
+        alone = Verdict(product.name, product.kind, *values, reason, tolerance)
+        verdicts.append(refuted if refuted and alone.exact else alone)
+    return Verification(verdicts)
 
 
-def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Small inputs for a Hugging Face model, from its config: what forward requires, then everything it takes."""
-    config = getattr(model, "config", None)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(length):
-        vocabulary = _config_number(config, "vocab_size", "src_vocab_size") or 32
-        return torch.randint(min(5, vocabulary - 1), vocabulary, (1, length), generator=generator).to(device)
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator).to(device, next(model.parameters()).dtype)
-
-    parameters = inspect.signature(model.forward).parameters
-    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    required.add(getattr(model, "main_input_name", None))
-    for names in (required, set(parameters)):
-        inputs = {name: example(config, ids, noise) for name, example in _EXAMPLES.items() if name in names}
-        if inputs and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-            inputs["decoder_input_ids"] = ids(6)
-        if inputs:
-            yield inputs
+def _is_called(evidence: Evidence, product: Factorization) -> bool:
+    """Whether the module that declares a product, or one right above it, was called."""
+    return any(name in evidence.recording.calls for name in _lineage(product.name.rpartition(".")[0])[:REACH])
 
 
-def _image(config, ids, noise):
-    size = _config_number(config, "image_size") or 32
-    return noise(1, _config_number(config, "num_channels") or 3, size, size)
+@dataclass
+class _new_basis:  # noqa: N801
+    """Within, these sides of products have a random new basis; then their old factors, bit for bit."""
 
+    products: Sequence[Factorization]
+    sides: Sequence[str]
+    originals: list[list[Tensor]] = field(default_factory=list)
 
-def _spectrogram(config, ids, noise):
-    mels = _config_number(config, "num_mel_bins", "feature_size") or 80
-    return noise(1, mels, 2 * (_config_number(config, "max_source_positions") or 50))
+    def __enter__(self):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.originals = [[tensor.clone() for tensor in product.augmented()] for product in self.products]
+            for product, original in zip(self.products, self.originals, strict=True):
+                product.write(product.form.change_basis(original, generator, self.sides))
 
-
-# name of an input -> an example of it, from the config and makers of token ids and of noise
-_EXAMPLES = {
-    "input_ids": lambda config, ids, noise: ids(9),
-    "pixel_values": _image,
-    "input_features": _spectrogram,
-    "input_values": lambda config, ids, noise: noise(1, 4000),
-}
+    def __exit__(self, *error):
+        for product, original in zip(self.products, self.originals, strict=True):
+            product.write(original)
 
 
 # ----------------------------------------------------------------------------------------------------
+
+_LAYER_NUMBER = re.compile(r"(^|_)(layer|block)_?(idx|id|index|num|number)$|^idx$")
+
+
+def fingerprint(module: nn.Module) -> tuple:
+    """What the modules of one class may differ in but for the values of their weights.
+
+    The classes below it, their plain attributes but the number of the layer, the shapes of parameters and which of
+    them are one, the config.
+    """
+    first: dict[int, int] = {}
+    parameters = tuple(
+        (name, tuple(parameter.shape), first.setdefault(id(parameter), i))
+        for i, (name, parameter) in enumerate(module.named_parameters(remove_duplicate=False))
+    )
+    parts = []
+    for name, part in module.named_modules():
+        plain = [
+            (key, repr(value))
+            for key, value in vars(part).items()
+            if key != "training" and not _LAYER_NUMBER.search(key) and _is_plain(value)
+        ]
+        parts.append((name, type(part), tuple(sorted(plain)), id(getattr(part, "config", None))))
+    return parameters, tuple(parts)
+
+
+def widths_of(product: Factorization) -> tuple[int, int]:
+    """Of what the projections of a product take: the hidden states (or put out, the same width), and their context."""
+    first, second = (view().shape[view.outer] for view in product.views[:2])
+    return first, second
+
+
+def _declared_at(name: str, model: nn.Module) -> Factorization:
+    parent, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent)
+    return getattr(parent, child).factorization(name, parent)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return len(value) <= 16 and all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype))
+
+
+def _random_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in evaluation mode whose weights are drawn so that every part of it matters."""
+    module = copy.deepcopy(module).to(dtype).requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(0)
+    for part in module.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    for name, parameter in module.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        noise = torch.randn(parameter.shape, generator=generator, dtype=dtype).to(parameter.device)
+        if parameter.dim() >= 2:
+            parameter.data = noise * (parameter.shape[0] / parameter.numel()) ** 0.5  # features of variance one
+        else:
+            parameter.data = noise / 4 + (1.0 if name.endswith("weight") else 0.0)  # norms around one
+    return module
+
+
+def _distance(output: Tensor, reference: Tensor) -> float:
+    return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 
 def _lineage(name: str) -> list[str]:
@@ -236,82 +386,5 @@ def _lineage(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), -1, -1)]
 
 
-def _rooted(name: str, module: nn.Module) -> nn.Module:
-    """A model that holds nothing but ``module``, under its dotted name."""
-    for step in reversed(name.split(".") if name else []):
-        parent = nn.Module()
-        parent.add_module(step, module)
-        module = parent
-    return module
-
-
-def _record(model: nn.Module, inputs: Mapping[str, Any], names: set[str]) -> dict[str, tuple[tuple, dict]]:
-    """module name -> (args, kwargs) of its first call, copied before the call could change them."""
-    calls, handles, modes = {}, [], {module: module.training for module in model.modules()}
-
-    def recorder(name):
-        def hook(module, args, kwargs):
-            if name not in calls:
-                calls[name] = _cast((args, kwargs), None)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name in names:
-            handles.append(module.register_forward_pre_hook(recorder(name), with_kwargs=True))
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model(**_without_cache(model, inputs))
-    except Exception as error:  # any model, any inputs: what it raised is what the user needs to know
-        raise ProbeError(f"{type(model).__name__} does not run on {', '.join(inputs)}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return calls
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    """Detached copies, floating-point tensors in ``dtype`` if given, through containers; other objects are copied."""
-    if isinstance(value, Tensor):
-        value = value.detach().clone()
-        return value.to(dtype) if dtype and value.is_floating_point() else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cast(item, dtype) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return copy.deepcopy(value)
-
-
-def _without_cache(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs that ask for no key-value cache, where the model has one."""
-    takes_it = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False, **inputs} if takes_it else dict(inputs)
-
-
-def _first_tensor(output: Any) -> Tensor:
-    """The main output: the first floating-point tensor."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    return next(_first_tensor(value) for value in values if isinstance(value, (tuple, list, Mapping)))
-
-
-def _config_number(config: object, *names: str) -> int | None:
-    """The first of these attributes on a config or one of its sub-configs."""
-    owners = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
-    for owner in owners:
-        for name in names:
-            value = getattr(owner, name, None)
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,20 +1,35 @@
-"""Heads that are really narrower: what an attention module must be told so that it computes the same with them."""
+"""Heads that are narrower: proof that a module computes with them what it should, and what it must be told for that."""
 
 import copy
 import re
 from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from ..proof import Recording
+from ..factorization import FactorLeaf, declared, swap
+from ..proof import MOVED, Stage
 from .slices import HeadSlice
 
-TOLERANCE = 1e-6  # of the outputs' norm, between padded and compact heads
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the output's norm, between equal modules
+
+Narrow = Callable[[nn.Module], None]  # narrows heads in the model that a stage holds
+
+
+def narrows_as_expected(stage: Stage, narrow: Narrow) -> bool:
+    """Whether a module with narrow leaves gives what it gives with their ordinary layers, and they matter at all.
+
+    Some classes hand weights to a kernel, past the leaves that hold them.
+    """
+    root = copy.deepcopy(stage.root())
+    narrow(root)
+    narrowed = stage.run(_inner(root, stage))
+    swap(root, {leaf: leaf.dense() for leaf in root.modules() if isinstance(leaf, FactorLeaf)})
+    return _agrees(narrowed, stage.run(_inner(root, stage))) and _moved(narrowed, stage.output)
 
 
 def compact_attributes(
-    recording: Recording,
-    name: str,
+    stage: Stage,
     owner: str,
     heads: HeadSlice,
     rank: int,
@@ -22,38 +37,53 @@ def compact_attributes(
 ) -> dict[str, int] | None:
     """Attributes of an attention module with which really narrower heads give what padded ones give, or None.
 
-    The width of a head stands under several names, and some classes compute their scale from it: what is tried
-    counts only if the replayed outputs agree.
+    The width of a head stands under several names, and some classes compute their scale from it: what is tried counts
+    only if outputs agree, and if changing either side of each product alone moves them.
 
     Args:
-        name: of the executed module that is replayed.
-        owner: of the attention module, below that.
+        owner: the attention module's name.
         heads: how they lie at full width.
         rank: what they get.
-        narrow: (a copy of the replayed module, attributes) -> narrows its heads; padded if there are no attributes.
+        narrow: (a model, attributes) -> narrows its heads; padded if there are no attributes.
     """
-    try:
-        dense = recording.copied(name)
-        padded = copy.deepcopy(dense)
-        narrow(padded, None)
-        reference = recording.replay(name, padded)
-        for attributes in _narrow_attributes(dense.get_submodule(owner), heads, rank):
-            module = copy.deepcopy(dense)
-            narrow(module, attributes)
-            if _agrees(recording, name, module, reference):
-                return attributes
-    except Exception:  # any user model may stand here, and padded heads are always right
-        return None
+    padded = copy.deepcopy(stage.root())
+    narrow(padded, None)
+    reference = stage.run(_inner(padded, stage))
+    for attributes in _narrow_attributes(stage.root().get_submodule(owner), heads, rank):
+        root = copy.deepcopy(stage.root())
+        narrow(root, attributes)
+        try:
+            agrees = _agrees(stage.run(_inner(root, stage)), reference)
+        except (RuntimeError, ValueError):  # shapes that do not fit
+            continue
+        if agrees and _matters(stage, root, reference):
+            return attributes
     return None
 
 
-def _agrees(recording: Recording, name: str, module: nn.Module, reference: Tensor) -> bool:
-    try:
-        output = recording.replay(name, module)
-    except (RuntimeError, ValueError):  # shapes that do not fit
-        return False
-    same_shape = output.shape == reference.shape
-    return same_shape and bool((output - reference).norm() <= TOLERANCE * reference.norm())
+def _matters(stage: Stage, root: nn.Module, reference: torch.Tensor) -> bool:
+    """The control: each side of each product of a narrowed module moves its output."""
+    for product in declared(root):
+        original = [factor.clone() for factor in product.augmented()]
+        for sides in (("left",), ("right",)):
+            product.write(product.form.change_basis(original, torch.Generator().manual_seed(0), sides))
+            if not _moved(stage.run(_inner(root, stage)), reference):
+                return False
+            product.write(original)
+    return True
+
+
+def _inner(root: nn.Module, stage: Stage) -> nn.Module:
+    return root.get_submodule(stage.name)
+
+
+def _agrees(output: torch.Tensor, reference: torch.Tensor) -> bool:
+    allowed = TOLERANCE[reference.dtype] * reference.norm()
+    return output.shape == reference.shape and bool((output - reference).norm() <= allowed)
+
+
+def _moved(output: torch.Tensor, reference: torch.Tensor) -> bool:
+    return bool((output - reference).norm() > MOVED * reference.norm())
 
 
 def _narrow_attributes(module: nn.Module, heads: HeadSlice, rank: int) -> Iterator[dict[str, int]]:

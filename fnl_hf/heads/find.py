@@ -4,9 +4,8 @@ A site is a module with q, k and v projections (separate, fused, or latent) and 
 an ancestor. Roles come from the children's names with filler words dropped, and only what closes in shape counts:
 q_out = H·d, k_out = G·d, v_out = G·dv, o_in = H·dv with H divisible by G.
 
-Names cannot tell how heads lie inside a fused weight, nor what happens between queries and keys. So a site offers
-its possible products, the most general first, with ``certain`` where structure alone decides; ``fnl_hf.proof`` tells
-the others apart on a forward of the model.
+Names cannot tell how heads lie inside a fused weight, nor what happens between queries and keys, or values and output.
+So a site offers its possible products, the most general first; ``fnl_hf.proof`` tells them apart on a replay.
 """
 
 from collections.abc import Iterator
@@ -28,13 +27,11 @@ class Site:
     """One attention module: per slot ("qk", "ov") the products that it may hold, the most general first.
 
     Attributes:
-        certain: slots whose first option needs no probe.
         doubts: slot -> what stands between, or why nothing fits, in words for the user.
     """
 
     name: str
     options: dict[str, list[HeadTarget]] = field(default_factory=lambda: {"qk": [], "ov": []})
-    certain: set[str] = field(default_factory=set)
     doubts: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,7 +51,6 @@ def find_heads(model: nn.Module, config: FNLConfig) -> list[Candidate]:
             site.name,
             slot,
             tuple(replace(option, rank=config.head_rank_of(site.name, option.rank)) for option in site.options[slot]),
-            certain=slot in site.certain,
             doubt=site.doubts.get(slot, ""),
         )
         for site in (find_attention(model) if config.attention else ())
@@ -86,19 +82,7 @@ def _site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     layouts = [_with_own_biases(module, layout) for layout in layouts]
     _offer_qk(site, module, layouts)
     _offer_ov(site, module, layouts, outputs)
-    if len(layouts) == 1 and not site.doubts and _explained(module, layouts[0], site):
-        site.certain = {slot for slot in ("qk", "ov") if site.options[slot]}
     return site
-
-
-def _explained(module: nn.Module, layout: _Layout, site: Site) -> bool:
-    """Whether every parameter of an attention module belongs to its projections: none is left to do something else."""
-    names = {side.weight for side in (layout.q, layout.k, layout.v)} | {
-        side.bias for side in (layout.q, layout.k, layout.v)
-    }
-    names |= {product.left.weight for product in site.options["ov"] if product.owner == site.name}
-    known = names | {f"{name.removesuffix('weight')}bias" for name in names if name}
-    return {name for name, _ in module.named_parameters()} <= known
 
 
 def _looks_like_attention(module: nn.Module, roles: dict[str, Leaf]) -> bool:
@@ -209,10 +193,9 @@ def _offer_qk(site: Site, module: nn.Module, layouts: list[_Layout]) -> None:
         d = layout.q.width
         name = f"{site.name}.qk" if site.name else "qk"
         site.options["qk"].append(HeadTarget(name, "qk", d, layout.q, layout.k))
-        if "rotary" in site.doubts.get("qk", ""):
-            site.options["qk"] += [
-                HeadTarget(name, "rotary-qk", d, layout.q, layout.k, rotary) for rotary in _rotary_layouts(module, d)
-            ]
+        site.options["qk"] += [
+            HeadTarget(name, "rotary-qk", d, layout.q, layout.k, rotary) for rotary in _rotary_layouts(module, d)
+        ]
 
 
 def _rotary_layouts(module: nn.Module, width: int) -> Iterator[RotaryLayout]:

@@ -75,9 +75,8 @@ class HeadLinear(FactorLeaf, nn.Linear):
         self.compact = False
         stored_out = rows.narrow if rows else out_features
         stored_in = columns.narrow if columns else in_features
-        self.weight = nn.Parameter(torch.empty(stored_out, stored_in, **factory))
+        self.weight = nn.Parameter(torch.empty(stored_out, stored_in, **factory))  # values are the caller's
         self.bias = nn.Parameter(torch.empty(stored_out, **factory)) if bias else None
-        self.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         if self.compact:
@@ -128,6 +127,9 @@ class HeadLinear(FactorLeaf, nn.Linear):
         return _like(dense, self)
 
 
+_LINEAR = {name for name in vars(nn.Linear(1, 1, device="meta")) if not name.startswith("_")}
+
+
 def can_be_narrowed(leaf: nn.Module | None) -> bool:
     """Whether a leaf is an ``nn.Linear`` or ``Conv1D``, or a subclass that only writes the same product differently.
 
@@ -139,6 +141,8 @@ def can_be_narrowed(leaf: nn.Module | None) -> bool:
         return False
     if list(inspect.signature(type(leaf)).parameters) != list(inspect.signature(nn.Linear).parameters):
         return False  # what else it was made from would be lost
+    if {name for name in vars(leaf) if not name.startswith("_")} != _LINEAR or len(list(leaf.parameters())) > 2:
+        return False  # it has state of its own
     x = torch.linspace(-1, 1, 3 * leaf.in_features, dtype=leaf.weight.dtype, device=leaf.weight.device).view(3, -1)
     with torch.no_grad():
         return torch.allclose(leaf(x), F.linear(x, leaf.weight, leaf.bias), rtol=1e-3, atol=1e-5)
@@ -150,8 +154,13 @@ def _resize_weight(weight: Tensor, rows: HeadPadding | None, columns: HeadPaddin
     return weight if columns is None else getattr(columns, method)(weight)
 
 
+_HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
+
+
 def _like(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Mode, frozen state and "do not re-initialise" of the leaf that it takes the place of."""
+    """Mode, frozen state, hooks and "do not re-initialise" of the leaf that it takes the place of."""
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))  # the same dict, so that the handles of the hooks still remove them
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(getattr(old, name).requires_grad)
     new._is_hf_initialized = True

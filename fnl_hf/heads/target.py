@@ -11,14 +11,17 @@ from torch import nn
 from ..config import ATTENTION_KINDS, FNLConfig
 from ..factorization import Factorization, swap
 from ..plan import Activation, Renaming, Target
-from ..proof import Evidence, Recording
-from .compact import compact_attributes
+from ..proof import Evidence, Stage, widths_of
+from .compact import compact_attributes, narrows_as_expected
 from .leaf import HeadLinear, HeadPadding, can_be_narrowed
 from .product import HeadProduct
 from .slices import HeadSlice, RotaryLayout
 
 KINDS = (*ATTENTION_KINDS, "rotary-qk")
-KEPT = "a narrower basis does not commute with a rotation, and only the heads of nn.Linear and Conv1D can be narrowed"
+KEPT = (
+    "a narrower basis does not commute with a rotation, and only the heads of nn.Linear and Conv1D can be narrowed, "
+    "where the module reads them through these layers"
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class HeadTarget(Target):
                     f"{target.name}: head rank {target.rank} is above its head_dim {target.left.width}; give at most "
                     f"{target.left.width}"
                 )
-            if target.rank < target.left.width and not target._narrows(model):
+            if target.rank < target.left.width and not target._narrows(model, evidence):
                 kept.append(target.kind)
                 target = replace(target, rank=target.left.width)
             settled.append(target)
@@ -180,11 +183,20 @@ class HeadTarget(Target):
                 f"head_rank is {config.head_rank}, but every product found ({', '.join(sorted(set(kept)))}) keeps its "
                 f"full rank: {KEPT}; leave head_rank at 1.0"
             )
-        return _compacted(settled, evidence) if config.head_layout == "compact" else settled
+        return _compacted(model, settled, evidence) if config.head_layout == "compact" else settled
 
-    def _narrows(self, model: nn.Module) -> bool:
-        """Whether the heads of a product can have a lower rank: not under rotation, and only in ordinary leaves."""
-        return self.rotary is None and all(can_be_narrowed(_submodule(model, self.leaf(side))) for side in self.sides)
+    def _narrows(self, model: nn.Module, evidence: Evidence) -> bool:
+        """Whether the heads of a product can have a lower rank: not under rotation, in ordinary leaves, as proven."""
+        leaves = (_submodule(model, self.leaf(side)) for side in self.sides)
+        if self.rotary is not None or not all(map(can_be_narrowed, leaves)):
+            return False
+
+        def answer(stage: Stage) -> tuple[bool, str]:
+            return narrows_as_expected(stage, lambda root: type(self).install(root, [replace(self, compact=None)])), ""
+
+        question = ("narrow", self.slot, self.kind, self.rank)
+        answers = evidence.tried(self.owner, widths_of(self.found(model)), question, answer)
+        return next((narrows for narrows, _ in answers if narrows is not None), False)
 
     @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
@@ -209,10 +221,13 @@ class HeadTarget(Target):
         All new leaves are built before the first one is put in, so that a failure leaves the model as it was.
         """
         paddings = _paddings(model, targets)
-        narrow = {}
+        narrow: dict[nn.Module, HeadLinear] = {}
+        tied: dict[tuple, HeadLinear] = {}
         for name, (rows, columns) in paddings.items():
             leaf = model.get_submodule(name)
             narrow[leaf] = HeadLinear.narrowed(leaf, rows, columns)
+            first = tied.setdefault((id(leaf.weight), id(leaf.bias), rows, columns), narrow[leaf])
+            narrow[leaf].weight, narrow[leaf].bias = first.weight, first.bias
         swap(model, narrow)
         for target in targets:
             owner = model.get_submodule(target.owner)
@@ -241,7 +256,7 @@ class HeadTarget(Target):
         return replace(side, width=self.rank, offset=padding.narrow_offset(side.offset), transposed=transposed)
 
 
-def _compacted(targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget]:
+def _compacted(model: nn.Module, targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget]:
     """With really narrower heads in the attention modules where both products agree and a replay proves them."""
     compact: dict[str, HeadTarget] = {}
     for qk in (target for target in targets if target.slot == "qk"):
@@ -249,23 +264,26 @@ def _compacted(targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget
         pairs = (target for target in targets if target.slot == "ov" and target.parameters()[1].startswith(inside))
         if (ov := next(pairs, None)) is None or not qk.rank == ov.rank < qk.left.width == ov.left.width:
             continue
-        if evidence.recording and (attributes := _attributes(evidence.recording, qk, ov)) is not None:
+        attributes = _attributes(model, qk, ov, evidence)
+        if attributes is not None:
             compact |= {qk.name: replace(qk, compact=attributes), ov.name: replace(ov, compact={})}
     return [compact.get(target.name, target) for target in targets]
 
 
-def _attributes(recording: Recording, qk: HeadTarget, ov: HeadTarget) -> dict[str, int] | None:
+def _attributes(model: nn.Module, qk: HeadTarget, ov: HeadTarget, evidence: Evidence) -> dict[str, int] | None:
     """What ``qk.owner`` must be told about really narrower heads; None where they are not proven."""
-    executed = recording.executed_above(ov.owner)
-    if executed is None:
-        return None
-    here = [replace(target, name=target.name.removeprefix(executed).removeprefix(".")) for target in (qk, ov)]
 
-    def narrow(module: nn.Module, attributes: dict[str, int] | None) -> None:
+    def narrow(root: nn.Module, attributes: dict[str, int] | None) -> None:
         compact = (None, None) if attributes is None else (attributes, {})
-        HeadTarget.install(module, [replace(t, compact=told) for t, told in zip(here, compact, strict=True)])
+        HeadTarget.install(root, [replace(t, compact=told) for t, told in zip((qk, ov), compact, strict=True)])
 
-    return compact_attributes(recording, executed, here[0].owner, qk.left, qk.rank, narrow)
+    def answer(stage: Stage) -> tuple[dict[str, int] | None, str]:
+        return compact_attributes(stage, qk.owner, qk.left, qk.rank, narrow), ""
+
+    answers = evidence.tried(
+        ov.owner, widths_of(qk.found(model)), ("compact", qk.owner.rpartition(".")[2], qk.rank), answer
+    )
+    return next((attributes for attributes, _ in answers if attributes is not None), None)
 
 
 def _paddings(model, targets) -> dict[str, tuple[HeadPadding | None, HeadPadding | None]]:

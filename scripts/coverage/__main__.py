@@ -17,10 +17,11 @@ the counts and a line for each type:
 
     executed              modules that compute a softmax over scores
     products              number of proven products by kind
+    by default            how many of these are found without example inputs
+    claimed               what is found without, where the model does not execute it too
     skipped               why a product is left as it is
-    wrong                 products claimed without inputs that the probe refutes
+    wrong                 products claimed without inputs that a change of basis of the whole model refutes
     missed, other         softmax in modules that are not found: with queries, and without (routers, pooling)
-    found without inputs  whether all proven products are found without example inputs
     not built, error      instead of these: why there is no tiny model; an exception of ours
 """
 

@@ -1,4 +1,4 @@
-"""What fnl_hf finds in a model, what it would factorize, and what its probe says: the only module that asks fnl_hf."""
+"""What fnl_hf finds in a model, what it would factorize, and what its proof says: the only module that asks fnl_hf."""
 
 import collections
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import nn
 import fnl_hf
 from fnl_hf.heads import find_attention
 from fnl_hf.planning import plan
-from fnl_hf.proof import UNREACHED, Recording
+from fnl_hf.proof import UNREACHED, Evidence, prove
 
 
 def attention_names(model: nn.Module) -> list[str]:
@@ -18,18 +18,21 @@ def attention_names(model: nn.Module) -> list[str]:
 
 
 def proven_products(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The products found in a model and probed on these inputs: four entries of a type's row.
+    """The products found in a model, with these inputs and without: five entries of a type's row.
 
-    "products" counts the proven ones by kind, "skipped" lists reasons, "wrong" the products that are claimed without
-    inputs although the probe refutes them, and "found without inputs" says whether inputs were needed for none.
+    "products" counts those that are proven on the inputs by kind, "by default" how many of these are found without any
+    inputs, "claimed" all that are found without. "skipped" lists reasons, with inputs. "wrong" are products claimed
+    without inputs that a change of basis in the whole model refutes, or a replay of their module where the model does
+    not execute it.
     """
     config = fnl_hf.FNLConfig()
     claimed, proven = plan(model, config).targets, plan(model, config, inputs)
-    recording = Recording(model, inputs, {target.owner for target in claimed})
-    verdicts = [recording.verdict(target.name, target.kind, target.found) for target in claimed]
+    verdicts = prove(Evidence(model, inputs, {t.name for t in claimed}), [t.found(model) for t in claimed]).verdicts
+    here = {(target.name, target.kind) for target in claimed}
     return {
         "products": collections.Counter(target.kind for target in proven.targets),
+        "by default": collections.Counter(t.kind for t in proven.targets if (t.name, t.kind) in here),
+        "claimed": collections.Counter(target.kind for target in claimed),
         "skipped": sorted({f"{skip.kind}: {skip.reason}" for skip in proven.skipped}),
         "wrong": [str(v) for v in verdicts if not v.exact and v.reason != UNREACHED],
-        "found without inputs": {(t.name, t.kind) for t in proven.targets} <= {(t.name, t.kind) for t in claimed},
     }

@@ -22,7 +22,9 @@ def summary(rows: Rows) -> dict[str, int]:
         having = [row for row in attention if any(slot in kind for kind in row["products"])]
         numbers[f"{slot} exact"] = len(having)
         numbers[f"{slot} rotary"] = sum(f"rotary-{slot}" in row["products"] for row in having)
-        numbers[f"{slot} found without inputs"] = sum(row["found without inputs"] for row in having)
+        for key in ("products", "by default"):
+            counts = (count for row in having for kind, count in row[key].items() if slot in kind)
+            numbers[f"{slot} {key}"] = sum(counts)
     numbers["proven or skipped with a reason"] = sum(not row["wrong"] and not row["missed"] for row in attention)
     numbers["softmax without queries"] = sum(bool(row["other"]) for row in attention)
     return numbers
@@ -42,10 +44,9 @@ def table(rows: Rows) -> str:
     ]
     for slot in ("qk", "ov"):
         rotary = f" ({count[f'{slot} rotary']} rotary)" if count[f"{slot} rotary"] else ""
-        unasked = count[f"{slot} found without inputs"]
         lines.append(
-            f"{slot}: exact in {count[f'{slot} exact']} types{rotary}, "
-            f"of these all found without example inputs in {unasked}"
+            f"{slot}: exact in {count[f'{slot} exact']} types{rotary}; {count[f'{slot} by default']} of "
+            f"{count[f'{slot} products']} products are found without example inputs"
         )
     lines.append(
         f"every product proven or skipped with a reason in {count['proven or skipped with a reason']} "

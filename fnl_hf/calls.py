@@ -1,0 +1,353 @@
+"""What modules of a model are called with: recorded in one forward of the model, or made up from their signatures."""
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+POSITIONS = 6  # of made-up sequences; 7 of what they attend to
+SIDE = 16  # of made-up images: an attention that reduces its keys by 8 keeps four of them
+
+
+class ProbeError(ValueError):
+    """The model could not be run on the inputs at hand."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module's forward."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> "Call":
+        """A copy with floating-point tensors in ``dtype``."""
+        return Call(*_copied((self.args, self.kwargs), dtype))
+
+    def described(self) -> tuple:
+        """What kind of arguments it has, without their sizes: calls that differ in it may take other paths."""
+        return _described(self.args), _described(self.kwargs)
+
+
+class Recording:
+    """One forward of a model: what the modules of interest were called with, and what came out.
+
+    Attributes:
+        calls: name -> the first call of the module, or that of its equal that came first.
+        output: every floating-point tensor that the model returned.
+
+    Args:
+        inputs: of the model's forward, by keyword.
+        names: of modules whose calls are recorded.
+        alike: name -> what equal modules have in common: of those one call of a kind is kept, and not one of each.
+
+    Raises:
+        ProbeError: The model does not run on these inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        names: Iterable[str] = (),
+        alike: Callable[[str], Hashable] = lambda name: name,
+    ):
+        self.inputs = dict(inputs)
+        self.calls: dict[str, Call] = {}
+        names, handles, kept = set(names), [], {}
+
+        def recorder(name):
+            def hook(module, args, kwargs):
+                if name not in self.calls:
+                    key = alike(name), Call(args, kwargs).described()
+                    if key not in kept:
+                        kept[key] = Call(*_copied((args, kwargs), None))
+                    self.calls[name] = kept[key]
+
+            return hook
+
+        for name, module in model.named_modules():
+            if name in names:
+                handles.append(module.register_forward_pre_hook(recorder(name), with_kwargs=True))
+        try:
+            self.output = outputs_of(model, inputs)
+        except Exception as error:  # any model, any inputs: what it raised is what the user needs to know
+            raise ProbeError(f"{type(model).__name__} does not run on {', '.join(inputs)}: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Every floating-point tensor that a model returns, in evaluation mode; modes and random state come back."""
+    modes = {module: module.training for module in model.modules()}
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(0)
+            return list(tensors_in(model(**({"use_cache": False} if takes_cache else {}) | dict(inputs))))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in what a module returned, the main one first."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        yield from tensors_in(tuple(output.values()))
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from tensors_in(item)
+
+
+# -- a model's inputs --------------------------------------------------------------------------------
+
+
+def record_examples(model: nn.Module, names: Iterable[str], alike: Callable[[str], Hashable]) -> Recording:
+    """A recording on made-up inputs.
+
+    Raises:
+        ProbeError: The model runs on nothing that could be made up from its config.
+    """
+    error = ProbeError(f"no example inputs are known for {type(model).__name__}")
+    for inputs in example_inputs(model):
+        try:
+            return Recording(model, inputs, names, alike)
+        except ProbeError as tried:
+            error = tried
+    raise error
+
+
+def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Small inputs for a Hugging Face model, from its config: what forward requires, then everything it takes."""
+    config = getattr(model, "config", None)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length):
+        vocabulary = _config_number(config, "vocab_size", "src_vocab_size") or 32
+        return torch.randint(min(5, vocabulary - 1), vocabulary, (1, length), generator=generator).to(device)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    parameters = inspect.signature(model.forward).parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    required.add(getattr(model, "main_input_name", None))
+    for names in (required, set(parameters)):
+        inputs = {name: example(config, ids, noise) for name, example in _EXAMPLES.items() if name in names}
+        if inputs and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+            inputs["decoder_input_ids"] = ids(6)
+        if inputs:
+            yield inputs
+
+
+def _image(config, ids, noise):
+    size = _config_number(config, "image_size") or 32
+    return noise(1, _config_number(config, "num_channels") or 3, size, size)
+
+
+def _spectrogram(config, ids, noise):
+    mels = _config_number(config, "num_mel_bins", "feature_size") or 80
+    return noise(1, mels, 2 * (_config_number(config, "max_source_positions") or 50))
+
+
+# name of an input -> an example of it, from the config and makers of token ids and of noise
+_EXAMPLES = {
+    "input_ids": lambda config, ids, noise: ids(9),
+    "pixel_values": _image,
+    "input_features": _spectrogram,
+    "input_values": lambda config, ids, noise: noise(1, 4000),
+}
+
+
+# -- a module's call ---------------------------------------------------------------------------------
+
+_HIDDEN = re.compile(
+    r"(hidden_states?|x|inputs?|states|embeddings|features|quer(y|ies)|query_states|q|src|tgt|target)$"
+)
+_CONTEXT = re.compile(
+    r"(key_value_states|encoder_hidden_states|encoder_states|cross_attention_states|context|memory|kv|keys?|values?|k|v|"
+    r"key_states|value_states|current_states|source|inputs_kv)$"
+)
+_ROTARY = re.compile(r"position_embeddings?|rotary|rope|freqs|cos$|sin$")
+_MASK = re.compile("mask|length|seqlens")
+
+
+LARGE = 512  # positions from which on the first sequence alone is tried before all of them
+
+
+def drawn(call: Call, module: nn.Module, widths: Iterable[int], generator: torch.Generator) -> Iterator[Call]:
+    """A recorded call with its tensors drawn anew; a large one first without all but its first sequence.
+
+    Masks and rotations stay what they are. None if the hidden states, the tensors of one of ``widths``, have fewer than
+    four positions: too few to tell one attention from another.
+    """
+    widths, names = set(widths), list(inspect.signature(module.forward).parameters)
+    named = [*zip(names, call.args, strict=False), *((name, value) for name, value in call.kwargs.items())]
+    # (batch, positions, width), or (batch, width, rows, columns)
+    hidden = [v for name, v in named if _is_drawn(name, v) and (v.shape[-1] in widths or v.shape[1] in widths)]
+    positions = [v.numel() // (v.shape[-1] if v.shape[-1] in widths else v.shape[1]) for v in hidden]
+    if not hidden or min(positions) < 4:
+        return
+
+    def new(name: str, value: Any) -> Any:
+        if not _is_drawn(name, value):
+            return value
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+
+    args = tuple(new(name, value) for name, value in zip(names, call.args, strict=False))
+    made = Call(args + call.args[len(args) :], {name: new(name, value) for name, value in call.kwargs.items()})
+    if positions[0] > LARGE and hidden[0].dim() > 2 and hidden[0].shape[0] > 1:
+        yield Call(*(_first_of(part, hidden[0].shape[0]) for part in (made.args, made.kwargs)))
+    yield made
+
+
+def _is_drawn(name: str, value: Any) -> bool:
+    """Whether an argument is a tensor of features: no mask, no rotation, which would no longer be one."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2):
+        return False
+    return not (_MASK.search(name) or _ROTARY.search(name) or bool((value < -1e4).any()))
+
+
+def _first_of(value: Any, batch: int) -> Any:
+    """The first entry of whatever has one per sequence of a batch."""
+    if isinstance(value, Tensor):
+        return value[:1] if value.dim() > 1 and value.shape[0] == batch else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_first_of(item, batch) for item in value)
+    if isinstance(value, dict):
+        return {key: _first_of(item, batch) for key, item in value.items()}
+    return value
+
+
+def made_up(
+    module: nn.Module, widths: tuple[int, int], rotations: Iterable[tuple[Tensor, ...]], generator: torch.Generator
+) -> Iterator[Call]:
+    """Calls that a module may take, by the names in its signature, the plainest first.
+
+    Args:
+        widths: of the hidden states, and of what they attend to.
+        rotations: (cos, sin) of the model's own rotary modules.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    }
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    length = SIDE * SIDE if "height" in parameters else POSITIONS
+
+    def noise(positions, width, flat=False):
+        shape = (positions, width) if flat else (1, positions, width)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def call(attends: bool, rotation: tuple[Tensor, ...] | None) -> Call:
+        values, flat = {}, "cu_seqlens" in parameters
+        for name in parameters:
+            if _CONTEXT.fullmatch(name) and (attends or name in required):
+                values[name] = noise(length if name in required else length + 1, widths[1], flat)
+            elif _HIDDEN.fullmatch(name) and (name in required or not values):
+                values[name] = noise(length, widths[0], flat)
+            elif _ROTARY.search(name) and rotation is not None:
+                values[name] = _rotation_as(name, rotation, flat)
+            elif name in ("height", "width", "h", "w"):
+                values[name] = SIDE
+            elif name == "cu_seqlens":
+                values[name] = torch.tensor([0, length], dtype=torch.int32)
+            elif name == "max_seqlen":
+                values[name] = length
+            elif name == "position_ids":
+                values[name] = torch.arange(length)[None]
+            elif name == "residual":
+                values[name] = torch.zeros(1, length, widths[0], dtype=torch.float64)
+            elif name == "layer_idx":
+                values[name] = 0
+            elif name in required:
+                values[name] = None
+        return Call(kwargs=values)
+
+    for rotation in (*rotations, None) if any(map(_ROTARY.search, parameters)) else (None,):
+        for attends in (False, True) if any(map(_CONTEXT.fullmatch, parameters)) else (False,):
+            yield call(attends, rotation)
+
+
+def rotations_of(model: nn.Module, length: int = POSITIONS) -> list[tuple[Tensor, ...]]:
+    """What the rotary modules of a model give at the first positions, in float64; each kind once."""
+    found = {}
+    for module in model.modules():
+        if not re.search("Rotary|RoPE", type(module).__name__):
+            continue
+        parameters = inspect.signature(module.forward).parameters
+        kinds = sorted(set(getattr(getattr(module, "config", None), "layer_types", None) or ()))
+        for options in [{"layer_type": kind} for kind in kinds] if "layer_type" in parameters else [{}]:
+            try:
+                with torch.no_grad():
+                    buffer = next(iter([*module.buffers(), *module.parameters()]))
+                    x = torch.zeros(1, length, 1, dtype=torch.float64, device=buffer.device)
+                    positions = torch.arange(length, device=buffer.device)[None]
+                    values = tuple(value.double() for value in module(x, positions, **options))
+            except Exception:  # rotary modules of other signatures: recorded calls serve those
+                continue
+            if all(isinstance(value, Tensor) and value.dim() == 3 for value in values):
+                found.setdefault(tuple(value.shape for value in values) + tuple(map(str, options.values())), values)
+    return list(found.values())
+
+
+def _rotation_as(name: str, rotation: tuple[Tensor, ...], flat: bool) -> Any:
+    parts = tuple(part[0] for part in rotation) if flat else rotation
+    return {"cos": parts[0], "sin": parts[-1]}.get(name, parts)
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _copied(value: Any, dtype: torch.dtype | None) -> Any:
+    """Detached copies, floating-point tensors in ``dtype`` if given, through containers; other objects are copied."""
+    if isinstance(value, Tensor):
+        value = value.detach().clone()
+        return value.to(dtype) if dtype and value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_copied(item, dtype) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item, dtype) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dim(), value.is_floating_point()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((name, _described(item)) for name, item in value.items())
+    return value if isinstance(value, (bool, str, type(None))) else type(value).__name__
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    """The accelerators that a model lies on, for ``fork_rng``."""
+    return list({p.device for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _config_number(config: object, *names: str) -> int | None:
+    """The first of these attributes on a config or one of its sub-configs."""
+    owners = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
+    for owner in owners:
+        for name in names:
+            value = getattr(owner, name, None)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if isinstance(value, int) and value > 0:
+                return value
+    return None

@@ -1,0 +1,64 @@
+"""What must hold before a model is changed, that it is plain and in memory, and after: that it gives the same."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .calls import Recording, outputs_of
+
+# Largest change of an output, relative to its norm, by rounding alone
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+COARSE_ROUNDING = 3e-2  # in half precision
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise where the model is not the plain one, whole and in memory: factors put into it would go unseen.
+
+    Raises:
+        TypeError: It is, or holds, a wrapper; the message has the call to make.
+        ValueError: Weights are sharded, or not in memory.
+    """
+    for name, module in model.named_modules():
+        where = f"{name} is " if name else "the model is "
+        if hasattr(module, "_orig_mod"):
+            raise TypeError(
+                f"{where}compiled: factorize what torch.compile was given, model._orig_mod, and compile that again"
+            )
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TypeError(
+                f"{where}wrapped in {type(module).__name__}, which would not see new factors: factorize model.module "
+                "and wrap that again"
+            )
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise TypeError(
+                f"{where}wrapped in FSDP, which flattens parameters: factorize the model before sharding it"
+            )
+        if hasattr(module, "base_layer"):
+            raise TypeError(
+                f"{where}a layer with an adapter: factorize the model before adapters are added, or after "
+                "model.merge_and_unload()"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is sharded over processes: factorize the model before sharding it")
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, so its values are not in memory (offloaded, or never loaded): load the "
+                "model with a device_map that leaves nothing on disk"
+            )
+
+
+def check_unchanged(model: nn.Module, recording: Recording) -> None:
+    """Raise a ValueError if a model no longer gives what was recorded of it."""
+    for before, after in zip(recording.output, outputs_of(model, recording.inputs), strict=True):
+        if not before.isfinite().all():  # no reference
+            continue
+        allowed = ROUNDING.get(before.dtype, COARSE_ROUNDING) * before.float().norm()
+        changed = (after.float() - before.float()).norm()
+        if not changed <= allowed:
+            raise ValueError(
+                f"the factorized {type(model).__name__} gives other outputs than before (one of shape "
+                f"{tuple(before.shape)} differs by {float(changed):.1e}, {float(allowed):.1e} is allowed), so it was "
+                "restored: something uses these weights in a way that no replay of its attention showed; leave such "
+                "modules out, and please report the class"
+            )
