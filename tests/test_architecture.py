@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "fnl_hf"
 # Who may know whom: a module or folder imports from its own floor and from those below.
 FLOORS = [
     {"algebra", "config", "messages"},
-    {"factorization"},
+    {"factorization", "calls"},
     {"proof", "saving", "sharding"},
     {"plan"},
-    {"initialization", "calibration", "heads"},
-    {"planning", "patching", "optimizer_state", "optim", "decay", "measure"},
+    {"initialization", "calibration", "heads", "ties"},
+    {"planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure"},
     {"loading", "rules"},
     {"training_arguments", "warm_start", "trainer", "overview", "cli"},
     {""},  # the package itself: its public names
