@@ -1,6 +1,7 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -64,13 +65,47 @@ def factorize(
                     f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
         factors[target.name] = initial_factors(product, target.rank, config.init, sides.get(target.name))
-    install(model, config, planned)
-    for product in declared(model):
+    with _structure_kept_on_error(model):
+        install(model, config, planned)
+        products = list(declared(model))
+        for product in products:  # before the first one is written
+            given, wanted = ([tuple(f.shape) for f in some] for some in (factors[product.name], product.augmented()))
+            if given != wanted:
+                raise ValueError(
+                    f"{product.name}: init={config.init!r} gives factors of shapes {given}, and its layer has {wanted}"
+                )
+    for product in products:
         product.write(factors[product.name])
     products = factorizations(model)
     sizes = [(product.kind, *product.size()) for product in products]
     say(headline(sizes, *parameter_counts(model, products), len(planned.skipped)))
     return model
+
+
+@contextmanager
+def _structure_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """Within, an error puts every module and attribute of a model back in its place; values are not looked at."""
+    registries = ("_modules", "_parameters", "_buffers")
+    before = {
+        module: (dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
+        for module in model.modules()
+    }
+    holder = getattr(model, "config", model)
+    stored = getattr(holder, "quantization_config", None)
+    try:
+        yield
+    except BaseException:
+        for module, (attributes, entries) in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, values in entries.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(values)
+        if attached(model) is not stored:
+            vars(holder).pop("quantization_config", None)
+            if stored is not None:
+                holder.quantization_config = stored
+        raise
 
 
 def install(model: nn.Module, config: FNLConfig, planned: Plan) -> None:
@@ -95,7 +130,7 @@ def verify(model: nn.Module, **example_inputs) -> Verification:
     products = {product.name: (product.kind, partial(_declared_at, product.name)) for product in declared(model)}
     if not products:
         targets = plan(model, FNLConfig(), example_inputs).targets
-        products = {target.name: (target.kind, target.found) for target in targets}
+        products = {t.name: (t.kind, t.found) for t in targets if not t.found(model).lone}
     recording = Recording(model, example_inputs, {name.rpartition(".")[0] for name in products})
     return Verification([recording.verdict(name, *product) for name, product in products.items()])
 
@@ -109,6 +144,11 @@ def to_dense(model: nn.Module) -> nn.Module:
     if not is_factorized(model):
         raise ValueError(f"{type(model).__name__} is not factorized, there is nothing to make dense")
     for name, module in model.named_modules():
+        if isinstance(module, Declares) and list(module.parameters()) and not isinstance(module, FactorLeaf):
+            raise ValueError(
+                f"{name} declares a factorization of its own parameters, but is no fnl_hf.FactorLeaf that "
+                "says what to put in its place"
+            )
         leaf = getattr(module, "base_layer", None)
         if isinstance(leaf, FactorLeaf) and leaf.compact:
             raise ValueError(f"{name} holds an adapter as narrow as its compact leaf: merge or unload adapters first")

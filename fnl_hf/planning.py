@@ -1,6 +1,6 @@
 """What `factorize` would do to a model: finders offer, the proof chooses, the families settle ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -22,7 +22,7 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
         ProbeError: The model does not run on ``inputs``.
         ValueError: The config's ranks do not fit the model.
     """
-    candidates = [Candidate.of(found) for family in FAMILIES.values() for found in family.finder(model, config)]
+    candidates = [Candidate.of(found, family) for family in FAMILIES.values() for found in family.finder(model, config)]
     owners = {option.name.rpartition(".")[0] for candidate in candidates for option in candidate.options}
     evidence = Evidence(model, inputs, owners)
     targets, skipped = [], []
@@ -32,6 +32,7 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
             skipped.append(Skip(candidate.name, candidate.kind, reason))
         else:
             targets.append(target)
+    _refuse_claimed_twice(targets)
     settled = []
     for family in FAMILIES.values():
         if of_family := [target for target in targets if type(target) is family.target]:
@@ -39,14 +40,30 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
     return Plan(tuple(settled), tuple(skipped))
 
 
+def _refuse_claimed_twice(targets: Sequence[Target]) -> None:
+    """Raise a ValueError where two families, or one of them twice, want the same thing."""
+    names, owners = set(), {}
+    for target in targets:
+        if target.name in names:
+            raise ValueError(f"{target.name} is to be factorized twice: let one finder offer it, once")
+        names.add(target.name)
+        for path in target.parameters():
+            other = owners.setdefault(path, target)
+            if type(other) is not type(target):
+                raise ValueError(
+                    f"{path} is wanted for {other.name} ({other.kind}) and for {target.name} ({target.kind}): leave "
+                    "one of them out"
+                )
+
+
 def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, str | None]:
     """The first option that is exact, or why there is none."""
+    if candidate.options and candidate.options[0].found(evidence.model).lone:  # a weight by itself: nothing to prove
+        return candidate.options[0], None
     if candidate.certain and evidence.inputs is None:
         return candidate.options[0], None
     verdict = None
     for option in candidate.options if evidence.recording else ():
-        if option.found(evidence.model).lone:  # a weight by itself: there is nothing to prove
-            return option, None
         verdict = evidence.recording.verdict(option.name, option.kind, option.found)
         if verdict.exact:
             return option, None
