@@ -7,7 +7,7 @@ from .factorization import Declares, Factorization, FactorLeaf, factorizations
 from .heads import HeadProduct
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
-from .plan import Candidate, Target, register_family
+from .plan import Candidate, Plan, Skip, Target, register_family
 from .rules import ImposeNorms, RecordNorms, Rule
 from .trainer import FNLSeq2SeqTrainer, FNLTrainer
 from .training_arguments import FNLSeq2SeqTrainingArguments, FNLTrainingArguments
@@ -24,8 +24,10 @@ __all__ = [
     "Factorization",
     "HeadProduct",
     "ImposeNorms",
+    "Plan",
     "RecordNorms",
     "Rule",
+    "Skip",
     "Summary",
     "Target",
     "factorizations",

@@ -1,10 +1,14 @@
 """What must hold before a model is changed, that it is plain and in memory, and after: that it gives the same."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .calls import Recording, outputs_of
+from .factorization import Factorization
 
 # Largest change of an output, relative to its norm, by rounding alone
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -62,3 +66,37 @@ def check_unchanged(model: nn.Module, recording: Recording) -> None:
                 "restored: something uses these weights in a way that no replay of its attention showed; leave such "
                 "modules out, and please report the class"
             )
+
+
+@contextmanager
+def kept_on_error(model: nn.Module, products: Sequence[Factorization] = ()) -> Iterator[None]:
+    """Within, an error puts every module and attribute of a model back in its place.
+
+    Args:
+        products: whose values are written within: these come back too, bit for bit.
+    """
+    registries = ("_modules", "_parameters", "_buffers")
+    before = {
+        module: (dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
+        for module in model.modules()
+    }
+    config = getattr(model, "config", None)
+    stored = dict(vars(config)) if hasattr(config, "__dict__") else None
+    parameters = {p for product in products for view in product.views for p in (view.parameter, view.bias)} - {None}
+    values = {parameter: parameter.detach().clone() for parameter in parameters}
+    try:
+        yield
+    except BaseException:
+        for module, (attributes, entries) in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, children in entries.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(children)
+        if stored is not None:
+            vars(config).clear()
+            vars(config).update(stored)
+        with torch.no_grad():
+            for parameter, value in values.items():
+                parameter.copy_(value)
+        raise

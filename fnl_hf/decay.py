@@ -180,6 +180,7 @@ def _check_stable(products: Sequence[Factorization], of_products: Sequence, rate
     if not products:
         return
     bounds = [product.form.stiffness(g) * r for product, g, r in zip(products, of_products, rates, strict=True)]
+    bounds = [bound.to(products[0].views[0].parameter.device) for bound in bounds]
     if float(torch.stack(bounds).max()) < 1:  # a bound by traces, nearly for free; one look per step at the device
         return
     for product, of_product, rate in zip(products, of_products, rates, strict=True):

@@ -84,6 +84,10 @@ class Factorization:
         """Whether it is a weight by itself, which has no factors yet."""
         return len(self.views) == 1
 
+    def __repr__(self) -> str:
+        shapes = " x ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
+        return f"Factorization({self.name!r}, {self.kind!r}, {shapes})"
+
     def size(self) -> tuple[int, int]:
         """(how many matrices, or heads; their rank)."""
         return self.form.size(self.tensors())
@@ -138,8 +142,8 @@ class Factorization:
 class Declares(ABC):
     """Mixin of a module that declares a factorization: all that ``factorizations`` looks for.
 
-    It may be the layer that holds the factors, or a module without parameters and forward beside the layers that do,
-    shown by ``print(model)`` and absent from ``state_dict``.
+    It may be the layer that holds the factors, which is then a `FactorLeaf` too, or a module without parameters and
+    forward beside the layers that do, shown by ``print(model)`` and absent from ``state_dict``.
     """
 
     @abstractmethod
@@ -211,7 +215,7 @@ def is_factorized(model: nn.Module) -> bool:
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each replacement wherever its original stands in the model: a shared leaf stays shared."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() gives a child of two names once
             if child in replacements:
                 setattr(parent, name, replacements[child])
 

@@ -34,8 +34,7 @@ def stable_rank(sigma: Tensor) -> Tensor:
 
 def mean_stable_rank(product: Factorization) -> float:
     """``stable_rank``, the mean over heads: from Grams, or of a weight by itself."""
-    form = product.form
-    sigma = form.singular_values(product.tensors()) if product.lone else form.spectrum(*grams([product]))
+    sigma, _, _ = _spectrum(product, *grams([product]))
     return float(stable_rank(sigma).mean())
 
 
@@ -55,14 +54,14 @@ def measurements(products: Sequence[Factorization]) -> dict[str, dict[str, float
     """
     parts: dict[str, list[Tensor]] = {"": []} if products else {}
     for product, of_product in zip(products, grams(products), strict=True):
-        sigma = product.form.spectrum(of_product)  # (*batch, rank)
+        sigma, bound, imbalance = _spectrum(product, of_product)
         values = torch.stack(
             [
                 sigma.square().sum(),
                 sigma.sum(),
-                product.form.bound(of_product).double(),
+                bound,
                 effective_rank(sigma).sum(),
-                product.form.imbalance(of_product).double().sum(),
+                imbalance.sum(),
                 torch.tensor(sigma[..., 0].numel(), dtype=torch.float64, device=sigma.device),
             ]
         )
@@ -116,11 +115,26 @@ def spectra(model: nn.Module, leading: int = 5) -> list[dict]:
     return rows
 
 
+def _spectrum(product: Factorization, of_product) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values (*batch, rank), the nuclear bound, and imbalance (*batch), in float64, from Grams.
+
+    A weight by itself has no factors to be out of balance, and no Grams that say its singular values.
+    """
+    form = product.form
+    if product.lone:
+        sigma = form.singular_values(product.tensors()).double()
+        return sigma, sigma.sum(), torch.zeros_like(sigma[..., 0])
+    return form.spectrum(of_product), form.bound(of_product).double(), form.imbalance(of_product).double()
+
+
 def _singular_values(product: Factorization) -> Tensor | None:
     """(heads, rank), descending, to the factors' precision; None where there is no single matrix."""
     if not product.form.has_matrix:
         return None
-    sigma = product.form.singular_values(product.tensors()).double()
+    try:
+        sigma = product.form.singular_values(product.tensors()).double()
+    except torch.linalg.LinAlgError:
+        raise ValueError(f"{product.name} holds NaN or infinite weights, which have no spectrum") from None
     return sigma.reshape(-1, sigma.shape[-1])
 
 

@@ -58,8 +58,7 @@ def carry_state(moves: Sequence[tuple[Before, Factorization]], state: State) -> 
         keeps_shape = [parameter.shape for parameter in old] == [new.shape]
         if old and all(parameter in known for parameter in old) and (keeps_shape or covered[new] == new.numel()):
             carried[new] = {
-                key: _blank(value, new.shape) if key in MOMENTS and torch.is_tensor(value) else value
-                for key, value in known[old[0]].items()
+                key: _own(value, new.shape if key in MOMENTS else None) for key, value in known[old[0]].items()
             }
     for key, power in MOMENTS.items():
         moments = {parameter: kept[key] for parameter, kept in known.items() if kept.get(key) is not None}
@@ -115,9 +114,11 @@ def _has_only_moments(kept: Mapping, parameter: Tensor) -> bool:
     return all(key in MOMENTS and value.shape == parameter.shape for key, value in tensors.items())
 
 
-def _blank(moment: Tensor, shape: torch.Size) -> Tensor:
-    """A new parameter's moment, to be written into."""
-    return moment.clone() if moment.shape == shape else moment.new_zeros(shape)
+def _own(value: object, shape: torch.Size | None) -> object:
+    """A new parameter's own entry: a moment of its shape, to be written into, or the old one's count, copied."""
+    if not torch.is_tensor(value):
+        return value
+    return value.clone() if shape is None or value.shape == shape else value.new_zeros(shape)
 
 
 def _or_zeros(tensors: Mapping[nn.Parameter, Tensor]) -> Callable[[nn.Parameter], Tensor]:

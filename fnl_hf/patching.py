@@ -1,13 +1,12 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from .calibration import moments
-from .checking import check_unchanged, refuse_wrapped
+from .checking import check_unchanged, kept_on_error, refuse_wrapped
 from .config import CALIBRATED, KEEP_THE_PRODUCT, FNLConfig
 from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
 from .initialization import initial_factors
@@ -62,50 +61,34 @@ def factorize(
     if not planned.targets:
         raise ValueError(nothing_found(model, config, planned))
     sides = moments(model, planned.targets, calibration) if calibration is not None else {}
-    before, factors = {}, {}
+    factors = {}
     for target in planned.targets:
         product = target.found(model)
-        before[target.name] = product.augmented()
-        for factor in before[target.name]:
+        for factor in product.augmented():
             if not torch.isfinite(factor).all():
                 raise ValueError(
                     f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
         factors[target.name] = initial_factors(product, target.rank, config.init, sides.get(target.name))
-    full = all(target.rank == target.found(model).full_rank for target in planned.targets)
-    if full and check and evidence.recording and config.init in KEEP_THE_PRODUCT:
-        before = {name: [factor.detach().clone() for factor in several] for name, several in before.items()}
-        with _restored_on_error(model, before):
-            install(model, config, planned)
-            _write(model, factors)
-            check_unchanged(model, evidence.recording)
-    else:
+    checked = check and config.init in KEEP_THE_PRODUCT and evidence.recording
+    checked = checked and all(t.rank == t.found(model).full_rank for t in planned.targets)
+    with kept_on_error(model, [target.found(model) for target in planned.targets] if checked else ()):
         install(model, config, planned)
-        _write(model, factors)
+        products = list(declared(model))
+        for product in products:  # before the first one is written
+            given, wanted = ([tuple(f.shape) for f in some] for some in (factors[product.name], product.augmented()))
+            if given != wanted:
+                raise ValueError(
+                    f"{product.name}: init={config.init!r} gives factors of shapes {given}, and its layer has {wanted}"
+                )
+        for product in products:
+            product.write(factors[product.name])
+        if checked:
+            check_unchanged(model, evidence.recording)
     products = factorizations(model)
     sizes = [(product.kind, *product.size()) for product in products]
     say(headline(sizes, *parameter_counts(model, products), len(planned.skipped)))
     return model
-
-
-def _write(model: nn.Module, factors: Mapping[str, Sequence[torch.Tensor]]) -> None:
-    for product in declared(model):
-        product.write(factors[product.name])
-
-
-@contextmanager
-def _restored_on_error(model: nn.Module, before: Mapping[str, Sequence[torch.Tensor]]) -> Iterator[None]:
-    """Within, an error takes declarations away again and writes the old factors back, bit for bit."""
-    stored = vars(getattr(model, "config", model)).get("quantization_config")
-    try:
-        yield
-    except BaseException:
-        if is_factorized(model):
-            _write(model, before)
-            to_dense(model)
-        if stored is not None:  # what `from_config` had left there
-            getattr(model, "config", model).quantization_config = stored
-        raise
 
 
 def install(model: nn.Module, config: FNLConfig, planned: Plan) -> None:
@@ -130,7 +113,8 @@ def verify(model: nn.Module, **example_inputs) -> Verification:
     products = list(declared(model))
     if not products:
         planned, evidence = plan_with_evidence(model, FNLConfig(), example_inputs)
-        return prove(evidence, [target.found(model) for target in planned.targets])
+        products = [target.found(model) for target in planned.targets]
+        return prove(evidence, [product for product in products if not product.lone])
     return prove(Evidence(model, example_inputs, {product.name for product in products}), products)
 
 
@@ -143,6 +127,11 @@ def to_dense(model: nn.Module) -> nn.Module:
     if not is_factorized(model):
         raise ValueError(f"{type(model).__name__} is not factorized, there is nothing to make dense")
     for name, module in model.named_modules():
+        if isinstance(module, Declares) and list(module.parameters()) and not isinstance(module, FactorLeaf):
+            raise ValueError(
+                f"{name} declares a factorization of its own parameters, but is no fnl_hf.FactorLeaf that "
+                "says what to put in its place"
+            )
         leaf = getattr(module, "base_layer", None)
         if isinstance(leaf, FactorLeaf) and leaf.compact:
             raise ValueError(f"{name} holds an adapter as narrow as its compact leaf: merge or unload adapters first")

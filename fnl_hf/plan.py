@@ -25,11 +25,11 @@ Renaming = Callable[[str], str | None]
 
 
 class Activation(NamedTuple):
-    """Where in a model to read what multiplies a factor, for initialisations that look at data.
+    """Where in a model to read the features that a factor carries, for initialisations that look at data.
 
     Attributes:
         module: dotted name.
-        end: "input", the first argument of its forward, or "output".
+        end: "input", the first argument of its forward, or "output", the first that it returns.
         read: (positions, features) as (*batch, positions, width), the batch that of the factor.
     """
 
@@ -85,7 +85,7 @@ class Target(ABC):
         return []
 
     def inputs(self) -> tuple[Activation | None, ...]:
-        """What multiplies each of its factors; () or None where that is not known."""
+        """The features that each of its projections carries; () or None where that is not known."""
         return ()
 
     def renamed(self, rename: Renaming) -> Self | None:
@@ -112,8 +112,8 @@ class Target(ABC):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of ``to_dict``. Raises a TypeError or KeyError where fields are missing or unknown."""
-        return cls(**data)
+        """Inverse of ``to_dict``, after JSON. Raises a TypeError or KeyError where fields are missing or unknown."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ class Candidate:
         options: the targets that it may be, the most general first; the first one that is proven exact is taken.
         certain: there is nothing to prove: a layer that is replaced as a whole.
         doubt: what stands in between, or why there is no option, in words for the user.
+
+    Raises:
+        ValueError: It is certain to be nothing.
     """
 
     name: str
@@ -134,10 +137,28 @@ class Candidate:
     certain: bool = False
     doubt: str = ""
 
+    def __post_init__(self):
+        if self.certain and not self.options:
+            raise ValueError(f"the candidate {self.name} is certain, but has no option")
+
     @classmethod
-    def of(cls, offered: "Candidate | Target") -> "Candidate":
-        """A target stands for the candidate that is certain to be it."""
-        return offered if isinstance(offered, Candidate) else cls(offered.name, offered.kind, (offered,), certain=True)
+    def of(cls, offered: "Candidate | Target", family: "Family") -> "Candidate":
+        """What a finder offered, checked; a target stands for the candidate that is certain to be it.
+
+        Raises:
+            TypeError: It is neither, or of another class than the one that was registered with the finder.
+        """
+        candidate = offered
+        if isinstance(offered, Target):
+            candidate = cls(offered.name, offered.kind, (offered,), certain=True)
+        options = candidate.options if isinstance(candidate, Candidate) else (candidate,)
+        for option in options:
+            if type(option) is not family.target:
+                raise TypeError(
+                    f"a finder of {family.target.__name__} offers a {type(option).__name__}: it may offer targets of "
+                    "that class, and Candidates of such"
+                )
+        return candidate
 
 
 Finder = Callable[[nn.Module, FNLConfig], Iterable[Candidate | Target]]
@@ -167,7 +188,7 @@ class Plan:
                 family.target.install(model, targets)
 
     def to_dict(self) -> dict[str, list[dict]]:
-        """JSON-ready data, which ``from_dict`` reads back."""
+        """JSON-ready data, which ``Plan.of`` a stored config reads back."""
         return {
             "targets": [{"family": _tag(type(target)), **target.to_dict()} for target in self.targets],
             "skipped": [asdict(skip) for skip in self.skipped],
@@ -259,16 +280,28 @@ def register_family(finder: Finder, target_class: type[Target]) -> None:
 
     Args:
         finder: (model, config) -> the targets, or `Candidate`s, that the config asks for in this dense model.
-        target_class: the dataclass of its targets; a class of the same tag is replaced.
+        target_class: the class of its targets, of which all are; registered again, it is replaced.
 
     Raises:
-        TypeError: ``target_class`` is no concrete dataclass below `Target`.
+        TypeError: ``finder`` cannot be called, or ``target_class`` is no concrete subclass of `Target`.
+        ValueError: Another class has its tag.
     """
+    if not callable(finder):
+        raise TypeError(f"register_family got {finder!r} as finder, expected a function of model and config")
     if not (isinstance(target_class, type) and issubclass(target_class, Target)):
         raise TypeError(f"register_family got {target_class!r}, expected a subclass of fnl_hf.Target")
     if missing := sorted(target_class.__abstractmethods__):
         raise TypeError(f"{target_class.__name__} lacks {', '.join(missing)}, which a Target needs")
-    FAMILIES[_tag(target_class)] = Family(finder, target_class)
+    tag = _tag(target_class)
+    known = FAMILIES.get(tag)
+    if known and (known.target.__module__, known.target.__qualname__) != (
+        target_class.__module__,
+        target_class.__qualname__,
+    ):
+        raise ValueError(
+            f"the tag {tag!r} is that of {known.target.__name__}: give {target_class.__name__} a family of its own"
+        )
+    FAMILIES[tag] = Family(finder, target_class)
 
 
 def _tag(target_class: type[Target]) -> str:

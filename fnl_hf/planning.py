@@ -1,6 +1,6 @@
 """What `factorize` would do to a model: finders offer, the proof chooses, what is shared is left, ranks are settled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -28,7 +28,7 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
 
 def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> tuple[Plan, Evidence]:
     """``plan``, and what it was proven by."""
-    candidates = [Candidate.of(found) for family in FAMILIES.values() for found in family.finder(model, config)]
+    candidates = [Candidate.of(found, family) for family in FAMILIES.values() for found in family.finder(model, config)]
     evidence = Evidence(model, inputs, {option.name for candidate in candidates for option in candidate.options})
     targets, skipped = [], []
     for candidate in candidates:
@@ -37,6 +37,7 @@ def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | No
             skipped.append(Skip(candidate.name, candidate.kind, reason))
         else:
             targets.append(target)
+    _refuse_claimed_twice(targets)
     targets, shared = without_shared(model, targets)
     settled = []
     for family in FAMILIES.values():
@@ -45,11 +46,27 @@ def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | No
     return Plan(tuple(settled), (*skipped, *shared)), evidence
 
 
+def _refuse_claimed_twice(targets: Sequence[Target]) -> None:
+    """Raise a ValueError where two families, or one of them twice, want the same thing."""
+    names, owners = set(), {}
+    for target in targets:
+        if target.name in names:
+            raise ValueError(f"{target.name} is to be factorized twice: let one finder offer it, once")
+        names.add(target.name)
+        for path in target.parameters():
+            other = owners.setdefault(path, target)
+            if type(other) is not type(target):
+                raise ValueError(
+                    f"{path} is wanted for {other.name} ({other.kind}) and for {target.name} ({target.kind}): leave "
+                    "one of them out"
+                )
+
+
 def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, str]:
     """The first option that is exact, or why there is none."""
     if not candidate.options:
         return None, candidate.doubt
-    if candidate.certain:
+    if candidate.certain or candidate.options[0].found(evidence.model).lone:  # a weight by itself: nothing to prove
         return candidate.options[0], ""
     index, reason = evidence.chosen([(option.name, option.kind, option.found) for option in candidate.options])
     if index is not None:

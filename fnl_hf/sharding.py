@@ -27,8 +27,15 @@ def grams(products: Sequence[Factorization]) -> list:
     """``form.decay_grams`` of whole factors, for products of sharded ones; one all-reduce for all of them.
 
     Raises:
-        ValueError: A parameter that is not sharded by rows alone, as under tensor parallelism.
+        ValueError: A parameter that is not sharded by rows alone, as under tensor parallelism; a chain of another
+            length than two, whose inner Grams are not sums over shards.
     """
+    for product in products:
+        if product.form.has_matrix and len(product.views) != 2:
+            raise ValueError(
+                f"{product.name} has {len(product.views)} factors: sharded products are supported with two; set "
+                "frobenius_decay to 0, or train without FSDP"
+            )
     local = [product.form.decay_grams([_share(view) for view in product.views]) for product in products]
     for group, leaves in _by_group(products, local):
         flat = torch.cat([leaf.flatten() for leaf in leaves])

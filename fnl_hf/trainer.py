@@ -42,24 +42,25 @@ class FNLTrainerMixin(WarmStartMixin):
     @property
     def rules(self) -> list[Rule]:
         """What acts in a training step, in this order: the trainer's own, then those among its callbacks."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Rule)]
+        rules = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Rule)]
+        for rule in rules:
+            if rule.run is not self:  # it has just joined: given, added, or restored from a checkpoint
+                rule.bind(self)
+                if self._attached_to is not None:
+                    rule.attach(self._attached_to)
+        return rules
 
     def _set_up_rules(self) -> None:
         decay = next((rule for rule in self.rules if isinstance(rule, FrobeniusDecay)), None)
         own = [] if decay else [decay := FrobeniusDecay()]
         self.callback_handler.callbacks[:0] = [LogFactorizations(decay), *own]
         self._decay = decay
-        for rule in self.rules:
-            rule.bind(self)
+        _ = self.rules  # binds them
 
     def add_callback(self, callback):
-        """As in `Trainer`; a rule joins ``rules``."""
+        """As in `Trainer`; a rule is bound, and attached if there is an optimizer."""
         super().add_callback(callback)
-        added = self.callback_handler.callbacks[-1]
-        if isinstance(added, Rule):
-            added.bind(self)
-            if self._attached_to is not None:
-                added.attach(self._attached_to)
+        _ = self.rules
 
     @property
     def frobenius_coefficient(self) -> float:

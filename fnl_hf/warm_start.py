@@ -182,6 +182,9 @@ class WarmStartMixin:
             "DeepSpeed (its engine holds the dense parameters)": self.is_deepspeed_enabled,
             "optimizers=(...) (a new one must be made for the factors)": self.optimizer is not None,
             "model_init": self.model_init is not None,
+            "restore_callback_states_from_checkpoint (the switch restores its own)": (
+                self.args.restore_callback_states_from_checkpoint
+            ),
             "save_only_model (the switch goes through a checkpoint)": self.args.save_only_model,
             "save_strategy='best'": self.args.save_strategy == "best",
             "neftune_noise_alpha": self.neftune_noise_alpha is not None,

@@ -1,15 +1,16 @@
 """How long `import fnl_hf` takes beside `import transformers` with its Trainer loaded.
 
     python scripts/benchmark_import.py
+    python scripts/benchmark_import.py --runs 3
 
-Each is imported in new processes, in turn; the medians and their ratio are printed.
+Each is imported in new processes, in turn; every pair is printed, then the medians and their ratio.
 """
 
+import argparse
 import statistics
 import subprocess
 import sys
 
-RUNS = 9
 STATEMENTS = {
     "transformers with its Trainer": "from transformers import Seq2SeqTrainer, Trainer",
     "fnl_hf": "import fnl_hf",
@@ -24,12 +25,16 @@ def seconds(statement: str) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=9, help="pairs of processes (default: 9)")
+    runs = parser.parse_args().runs
     for statement in STATEMENTS.values():  # what the file system has not read yet
         seconds(statement)
     times: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for _ in range(RUNS):
+    for _ in range(runs):
         for name, statement in STATEMENTS.items():
             times[name].append(seconds(statement))
+        print("  ".join(f"{name} {measured[-1]:.2f} s" for name, measured in times.items()), flush=True)
     for name, measured in times.items():
         print(f"{name:32} {statistics.median(measured):.2f} s ({min(measured):.2f} to {max(measured):.2f})")
     pairs = [ours / theirs for theirs, ours in zip(*times.values(), strict=True)]

@@ -84,6 +84,35 @@ def test_labels_show_the_padding_of_the_target():
     assert masked[name][0].shape == (2, 16, 16)
 
 
+def test_labels_of_other_models_are_no_padding():
+    model, inputs = build("bert")
+    labels = torch.full((2, 7), -100)
+    labels[:, 3] = 5
+    targets = plan(model, fnl_hf.FNLConfig()).targets
+    expected = moments(model, targets, [inputs])
+    model.forward_without = model.forward
+    model.forward = lambda labels=None, **kwargs: model.forward_without(**kwargs)
+    found = moments(model, targets, [{**inputs, "labels": labels}])
+    assert all(torch.equal(found[name][0], expected[name][0]) for name in expected)
+
+
+def test_time_first_modules_have_their_padding_left_out_too():
+    model, inputs = build("fsmt")
+    found = moments(model, plan(model, fnl_hf.FNLConfig()).targets, [{**inputs, "attention_mask": PADDED}])
+    keys = outputs_of(model, "encoder.layers.0.self_attn.k_proj", {**inputs, "attention_mask": PADDED})
+    keys = keys.transpose(0, 1)[PADDED.bool()].unflatten(-1, (4, 8))
+    assert_close(found["encoder.layers.0.self_attn.qk"][1], torch.einsum("nhi,nhj->hij", keys, keys) / len(keys))
+
+
+def test_positions_that_no_mask_has_are_an_error_where_there_is_padding():
+    model, inputs = build("bert")
+    targets = plan(model, fnl_hf.FNLConfig()).targets
+    key = model.encoder.layer[0].attention.self.key
+    key.register_forward_pre_hook(lambda module, args: (torch.cat([args[0], args[0][:, :1]], 1),))  # as to a window
+    with pytest.raises(ValueError, match=r"self\.key has positions of shape \(2, 8\), which no mask has"):
+        moments(model, targets, [{**inputs, "attention_mask": PADDED}])
+
+
 class _TakesLabels(nn.Module):
     def __init__(self, model):
         super().__init__()

@@ -266,6 +266,16 @@ def test_balance_keeps_the_product_and_makes_its_sides_equal(name):
     assert_close(form.stiffness(form.decay_grams(elsewhere), True), form.stiffness(grams, True), rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("name", ["planes, partial", "planes, grouped and partial"])
+@pytest.mark.parametrize("part", ["planes", "rest"])
+def test_imbalance_of_a_partly_rotated_head_sees_both_parts(name, part):
+    _, factors = make(name)
+    balanced = rotary.balance(factors)
+    unbalanced = [*factors[:2], *balanced[2:]] if part == "planes" else [*balanced[:2], *factors[2:]]
+    assert (rotary.imbalance(rotary.decay_grams(unbalanced)) > 0.01).all()
+    assert rotary.imbalance(rotary.decay_grams(balanced)).max() < 1e-9
+
+
 @every_case
 def test_balance_without_a_rank_keeps_the_product(name):
     form, factors = make(name)

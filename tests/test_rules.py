@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.testing import assert_close
+from transformers.trainer_callback import ExportableState
 
 import fnl_hf
 from fnl_hf.rules import FrobeniusDecay, LogFactorizations, Rule
@@ -79,6 +80,35 @@ def test_a_rule_of_ones_own_takes_part_in_every_step(tmp_path):
     groups = trainer.optimizer.optimizer.param_groups
     assert [rule.weight() in set(group["params"]) for group in groups if group["weight_decay"]] == [False]
     assert all(set(group["params"]) for group in groups)
+
+
+class Remembering(fnl_hf.Rule, ExportableState):
+    """Has a state of its own in checkpoints, from which transformers makes it anew."""
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": getattr(self, "steps", 0)}}
+
+    def after_backward(self, scale, logged):
+        assert self.run.model is not None
+        self.steps = getattr(self, "steps", 0) + 1
+
+
+def test_a_rule_that_a_checkpoint_restores_is_bound(tmp_path):
+    def run(steps, resume=None):
+        options = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+        trainer = make_trainer(make_model("bert"), tmp_path, [Remembering()], max_steps=steps, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return next(rule for rule in trainer.rules if isinstance(rule, Remembering))
+
+    run(2)
+    assert run(4, str(tmp_path / "checkpoint-2")).steps == 4
+
+
+def test_a_rule_in_a_trainer_that_knows_none_is_refused(tmp_path):
+    args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
+    trainer = tf.Trainer(make_model("bert"), args, train_dataset=examples("bert"), callbacks=[Remembering()])
+    with pytest.raises(ValueError, match="Remembering is a rule, which only FNLTrainer"):
+        trainer.train()
 
 
 def test_a_rule_that_joins_later_is_bound_and_attached(tmp_path):

@@ -20,6 +20,7 @@ from fnl_hf.tasks.running import InputError, average_checkpoints_, is_finished, 
 from fnl_hf.tasks.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
 from fnl_hf.tasks.translation import corpus as corpora
 from fnl_hf.tasks.translation.tokenizer import train_tokenizer
+from tests.formats import make_format_1
 from tests.script_runs import (
     kill_and_repeat,
     leave_half_a_checkpoint,
@@ -387,6 +388,21 @@ def test_more_epochs_go_on_and_a_factorized_checkpoint_stays_so(monkeypatch, tmp
     assert "is factorized already" in capsys.readouterr().out
     products = fnl_hf.factorizations(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "more"))
     assert {product.factors()[0].shape[-1] for product in products} == {2}
+
+
+def test_a_run_that_an_earlier_version_started_resumes(monkeypatch, tmp_path, capsys):
+    options = {
+        "max_train_samples": 60,
+        "max_eval_samples": 2,
+        "save_steps": 2,
+        "average_checkpoints": 1,
+        "head_rank": 2,
+    }
+    run(monkeypatch, **options, max_steps=2, output_dir=tmp_path)
+    make_format_1(tmp_path / "checkpoint-2")
+    run(monkeypatch, **options, max_steps=4, output_dir=tmp_path)
+    assert "training resumes there" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint-4").is_dir()
 
 
 def test_no_sentence_is_too_long_to_translate(tokenizer):

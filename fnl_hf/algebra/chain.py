@@ -131,7 +131,8 @@ def stiffness(grams: Grams, exact: bool = False) -> Tensor:
         return torch.ones(())
     norm = _largest_eigenvalue if exact else _trace
     sizes = [reduce(torch.mul, [norm(gram).max() for gram in pair if gram is not None]) for pair in grams]
-    return torch.stack(sizes).max() * (len(grams) - 1)
+    largest = torch.stack(sizes).max()
+    return largest if len(grams) == 2 else largest * (len(grams) - 1)
 
 
 def singular_values(factors: Sequence[Tensor]) -> Tensor:
@@ -188,9 +189,8 @@ def balance(factors: Sequence[Tensor], rank: int | None = None) -> tuple[Tensor,
     rank = largest if rank is None else rank
     _check_rank(rank, largest)
     left, right = spectral.of_product(*_halves(factors), rank, first.dtype)
-    left, right = left.reshape(*first.shape[:-1], rank), right.reshape(*last.shape[:-2], rank, last.shape[-1])
-    identity = torch.eye(rank, dtype=first.dtype, device=first.device).expand(*last.shape[:-2], rank, rank)
-    return left, *(identity.clone() for _ in factors[1:-1]), right
+    inner = [_identities(rank, last) for _ in factors[1:-1]]
+    return left.reshape(*first.shape[:-1], rank), *inner, right.reshape(*last.shape[:-2], rank, last.shape[-1])
 
 
 def leading(factors: Sequence[Tensor], rank: int) -> list[Tensor]:
@@ -201,9 +201,7 @@ def leading(factors: Sequence[Tensor], rank: int) -> list[Tensor]:
     """
     if len(factors) == 1:
         _check_rank(rank)
-        (matrix,), columns = factors, factors[0].shape[-1]
-        identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
-        left, right = spectral.surplus(matrix, identity, rank)
+        left, right = spectral.surplus(factors[0], _identities(factors[0].shape[-1], factors[0]), rank)
         return [left[..., :rank].clone(), right[..., :rank, :].clone()]
     _check_rank(rank, size(factors)[1])
     first, *inner, last = factors
@@ -351,8 +349,7 @@ def _gauges(before: Sequence[Tensor], after: Sequence[Tensor], joint: int) -> tu
         doubles = [factor.double() for factor in factors]
         sides.append(stack_groups(product(doubles[:joint]), product(doubles[joint:])))
     (left, right), (new_left, new_right) = sides
-    rtol = None if len(before) == 2 else 1e-12  # a product inside a longer chain may lack rank
-    gauges = torch.linalg.pinv(left, rtol=rtol) @ new_left, new_right @ torch.linalg.pinv(right, rtol=rtol)
+    gauges = torch.linalg.pinv(left) @ new_left, new_right @ torch.linalg.pinv(right)
     grouped = before[0].shape[:-2] != before[-1].shape[:-2]  # the first factors of a group were stacked
     return tuple(gauge.unsqueeze(-3) for gauge in gauges) if grouped else gauges
 
@@ -377,6 +374,12 @@ def _random_gauge(left: Tensor, right: Tensor, generator: torch.Generator) -> tu
     orthogonal, _ = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=dtype).to(device))
     scale = torch.exp(2 * torch.rand(shape[:-1], generator=generator, dtype=dtype).to(device) - 1)
     return orthogonal * scale[..., None, :], orthogonal.mT / scale[..., :, None]
+
+
+def _identities(width: int, like: Tensor) -> Tensor:
+    """(*batch, width, width) with the batch, dtype and device of another factor."""
+    identity = torch.eye(width, dtype=like.dtype, device=like.device)
+    return identity.expand(*like.shape[:-2], width, width).clone()
 
 
 def _check_rank(rank: int, largest: int | None = None) -> None:

@@ -125,7 +125,9 @@ class Form(Protocol):
         """Balanced factors of the best approximation of the product at a rank: spectral initialisation.
 
         Args:
-            rank: Not given, the product stays as it is. A form whose rank cannot be reduced ignores it.
+            factors: One factor, a weight by itself, becomes two.
+            rank: Not given, the product stays as it is. A form whose rank cannot be reduced ignores it; one factor may
+                become two of any rank.
 
         Raises:
             ValueError: A rank that the factors do not have.

@@ -91,12 +91,13 @@ class ImposeNorms(Rule):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Fail before the first step, not at the first one that is missing."""
+        super().on_train_begin(args, state, control)
         if args.frobenius_decay != 0:
             raise ValueError(
                 f"norms are imposed in place of decay, but frobenius_decay is {args.frobenius_decay}: set it to 0.0"
             )
-        here, recorded = set(norms(factorizations(model))), set(next(iter(self.targets.values())))
-        if different := sorted(here ^ recorded):
+        here = set(norms(factorizations(model)))
+        if different := sorted(set().union(*(here ^ set(recorded) for recorded in self.targets.values()))):
             raise ValueError(f"{self.path} is of another model: only one of the two has {different[0]}")
         if missing := set(range(state.global_step + 1, state.max_steps + 1)) - set(self.targets):
             raise ValueError(

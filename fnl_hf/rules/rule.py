@@ -62,6 +62,15 @@ class Rule(TrainerCallback):
         """What joins the loss in the log; asked whenever a loss is logged."""
         return {}
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Refuse a trainer that knows no rules.
+
+        Raises:
+            ValueError: It is no `FNLTrainer`.
+        """
+        if self.run is None:
+            raise ValueError(f"{type(self).__name__} is a rule, which only FNLTrainer and FNLSeq2SeqTrainer follow")
+
     def on_step_end(self, args, state, control, **kwargs):
         """The event behind ``after_step``."""
         self.after_step()

@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from fnl_hf import FNLConfig, Plan
+
 from .errors import InputError
 
 
@@ -72,8 +74,8 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool 
     Args:
         switches: the run makes a dense model a factorized one on its way: a checkpoint may hold either.
     """
-    given = json.loads(config.to_json_string(use_diff=False))
-    stored = _config(checkpoint)
+    given = _as_written_today(json.loads(config.to_json_string(use_diff=False)))
+    stored = _as_written_today(_config(checkpoint))
     kinds = ["factorized" if "quantization_config" in each else "dense" for each in (stored, given)]
     if kinds[0] != kinds[1] and not switches:
         raise InputError(
@@ -92,6 +94,15 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool 
                 f"{checkpoint} is of a model with another {name}{values}. Give the arguments that it was trained with, "
                 "or another --output_dir."
             )
+
+
+def _as_written_today(config: dict) -> dict:
+    """A model's config with its plan as this version stores it: an older format of the same plan is no difference."""
+    stored = config.get("quantization_config")
+    if not stored or stored.get("quant_method") != "fnl":
+        return config
+    plan = Plan.of(FNLConfig.from_dict(stored)).to_dict()
+    return config | {"quantization_config": stored | {"plan": plan, "format_version": None}}
 
 
 def _config(checkpoint: Path) -> dict:

@@ -24,9 +24,12 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call the `main` of a script; an `InputError` in it is one line and exit status 2."""
+    """Call the `main` of a script; an `InputError` in it is one line and exit status 2, Ctrl-C one line and 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

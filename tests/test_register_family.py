@@ -15,8 +15,11 @@ from torch.testing import assert_close
 import fnl_hf
 from fnl_hf.algebra import chain
 from fnl_hf.factorization import View, swap
+from fnl_hf.optimizer_state import Before, carry_state
 from fnl_hf.plan import FAMILIES, Plan, attached
+from fnl_hf.planning import plan
 from tests.families import BERT, TEXT, build, output
+from tests.formats import make_format_1
 
 
 class Thin(fnl_hf.Declares, fnl_hf.FactorLeaf):
@@ -239,24 +242,13 @@ def test_what_a_family_must_bring():
         fnl_hf.register_family(find_thin, fnl_hf.Target)
 
 
-def as_format_1(stored: dict) -> dict:
-    """A stored config as it was written before there were families."""
-    products = []
-    for target in stored["plan"]["targets"]:
-        old = {key: value for key, value in target.items() if key not in ("family", "name")}
-        products.append({"owner": target["name"].rpartition(".")[0]} | old)
-    return {**stored, "format_version": 1, "plan": {"products": products, "skipped": stored["plan"]["skipped"]}}
-
-
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("layout", ["padded", "compact"])
 def test_plans_of_format_1_load(family, layout, tmp_path):
     model, inputs = build(family)
     fnl_hf.factorize(model, fnl_hf.FNLConfig(head_rank=0.5, head_layout=layout))
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = as_format_1(config["quantization_config"])
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    make_format_1(tmp_path)
     loaded = tf.AutoModel.from_pretrained(tmp_path)
     assert repr(loaded) == repr(model) and torch.equal(output(loaded, inputs), output(model, inputs))
     assert loaded.config.quantization_config == model.config.quantization_config  # as it is written today
@@ -269,3 +261,145 @@ def test_a_plan_goes_through_json_and_back():
     assert len(plan.targets) == 4
     stored = replace(attached(model), plan=json.loads(json.dumps(plan.to_dict())))
     assert Plan.of(stored) == plan and asdict(plan.targets[0])["compact"]
+
+
+# -- what other families would break ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BrokenTarget(ThinTarget):
+    family: ClassVar[str] = "broken"
+
+    @classmethod
+    def install(cls, model, targets):
+        raise RuntimeError("no memory")
+
+
+def state_of(model):
+    return repr(model), copy.deepcopy(model.state_dict()), model.config.to_dict()
+
+
+def same(model, before):
+    text, weights, config = before
+    return (
+        repr(model) == text
+        and model.config.to_dict() == config
+        and all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    )
+
+
+@pytest.fixture
+def register():
+    """Registers families until the end of a test."""
+    before = dict(FAMILIES)
+    yield fnl_hf.register_family
+    FAMILIES.clear()
+    FAMILIES.update(before)
+
+
+@pytest.mark.parametrize("layout", ["padded", "compact"])
+def test_a_family_that_fails_leaves_the_model_as_it_was(register, layout):
+    def find(model, config):
+        return [BrokenTarget(name, "thin", 5) for name in ("encoder.layer.0.intermediate.dense",)]
+
+    register(find, BrokenTarget)
+    model, _ = build("bert")
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fnl_hf.factorize(model, fnl_hf.FNLConfig(head_rank=0.5, head_layout=layout))
+    assert same(model, before)
+
+
+def test_factors_that_do_not_fit_their_layer_leave_the_model_as_it_was(register):
+    class Three(Thin):
+        def factorization(self, name, parent):
+            two = super().factorization(name, parent)
+            return replace(two, views=(*two.views, two.views[1]))
+
+    @dataclass(frozen=True)
+    class ThreeTarget(ThinTarget):
+        family: ClassVar[str] = "three"
+
+        @classmethod
+        def install(cls, model, targets):
+            swap(model, {model.get_submodule(t.name): Three(model.get_submodule(t.name), t.rank) for t in targets})
+
+    register(lambda model, config: [ThreeTarget("encoder.layer.0.intermediate.dense", "thin", 5)], ThreeTarget)
+    model, _ = build("bert")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"init='spectral' gives factors of shapes .*, and its layer has"):
+        fnl_hf.factorize(model, fnl_hf.FNLConfig())
+    assert same(model, before)
+
+
+def test_two_families_that_want_one_weight_are_an_error_that_names_both(register):
+    register(lambda model, config: [ThinTarget("encoder.layer.0.attention.self.query", "thin", 5)], ThinTarget)
+    model, _ = build("bert")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"query\.weight is wanted for .*self\.qk \(qk\) and for .*query \(thin\)"):
+        fnl_hf.factorize(model, fnl_hf.FNLConfig())
+    assert same(model, before)
+    register(lambda model, config: find_thin(model, config) * 2, ThinTarget)
+    with pytest.raises(ValueError, match=r"intermediate\.dense is to be factorized twice"):
+        fnl_hf.factorize(model, fnl_hf.FNLConfig())
+
+
+def test_targets_of_another_class_than_registered_are_an_error(register):
+    register(lambda model, config: [BrokenTarget("encoder.layer.0.intermediate.dense", "thin", 5)], ThinTarget)
+    with pytest.raises(TypeError, match="a finder of ThinTarget offers a BrokenTarget"):
+        fnl_hf.factorize(build("bert")[0], fnl_hf.FNLConfig())
+    with pytest.raises(TypeError, match="expected a function"):
+        register(3, ThinTarget)
+
+    @dataclass(frozen=True)
+    class Taken(ThinTarget):
+        pass
+
+    with pytest.raises(ValueError, match="the tag 'thin' is that of ThinTarget: give Taken a family of its own"):
+        register(find_thin, Taken)
+
+
+def test_verify_of_a_dense_model_is_about_what_can_be_proven(thin):
+    model, inputs = build("bert")
+    proof = fnl_hf.verify(model, **inputs)
+    assert proof and {verdict.kind for verdict in proof.verdicts} == {"qk", "ov"}
+    assert fnl_hf.verify(fnl_hf.factorize(model), **inputs)
+
+
+def test_every_factor_gets_an_optimizer_state_of_its_own(thin):
+    model, inputs = build("bert")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(**inputs).last_hidden_state.square().sum().backward()
+    optimizer.step()
+    before = {t.name: Before.of(t.found(model)) for t in plan(model, fnl_hf.FNLConfig(attention=())).targets}
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=()))
+    moves = [(before[product.name], product) for product in fnl_hf.factorizations(model)]
+    carried = carry_state(moves, optimizer.state)
+    tensors = [value for kept in carried.values() for value in kept.values() if torch.is_tensor(value)]
+    assert len(carried) == 4 and len({value.data_ptr() for value in tensors}) == len(tensors) == 12
+
+
+def test_a_declared_weight_by_itself_trains_and_is_logged(tmp_path):
+    class Lone(fnl_hf.Declares, nn.Linear):
+        def factorization(self, name, parent):
+            return fnl_hf.Factorization(name, "lone", chain, (View(self.weight, lambda w: w[None], -2),))
+
+    model = tf.BertForMaskedLM(tf.BertConfig(**BERT))
+    model.bert.encoder.layer[0].intermediate.dense = Lone(32, 40)
+    args = fnl_hf.FNLTrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, frobenius_decay=0.1, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in TEXT["input_ids"].tolist()]
+    trainer = fnl_hf.FNLTrainer(model=model, args=args, train_dataset=rows)
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["fnl/lone/effective_rank"] <= 32
+    with pytest.raises(ValueError, match="intermediate.dense declares .* but is no fnl_hf.FactorLeaf"):
+        fnl_hf.to_dense(model)
+
+
+def test_a_leaf_of_two_names_in_one_parent_is_replaced_under_both():
+    parent = nn.Module()
+    parent.one = parent.other = nn.Linear(2, 2)
+    swap(parent, {parent.one: nn.Identity()})
+    assert parent.one is parent.other and isinstance(parent.one, nn.Identity)
