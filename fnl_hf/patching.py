@@ -13,7 +13,7 @@ from .initialization import initial_factors
 from .messages import say
 from .plan import Plan, attach, attached, headline
 from .planning import nothing_found, plan_with_evidence
-from .proof import Evidence, Verification, prove
+from .proof import Evidence, Verification, holders, prove
 from .saving import save_under_any_names, save_under_own_names
 
 
@@ -115,7 +115,8 @@ def verify(model: nn.Module, **example_inputs) -> Verification:
         planned, evidence = plan_with_evidence(model, FNLConfig(), example_inputs)
         products = [target.found(model) for target in planned.targets]
         return prove(evidence, [product for product in products if not product.lone])
-    return prove(Evidence(model, example_inputs, {product.name for product in products}), products)
+    names, leaves = {product.name for product in products}, holders(model, products)
+    return prove(Evidence(model, example_inputs, names, leaves), products)
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from .config import FNLConfig
 from .heads import HeadTarget, find_heads
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence
-from .ties import without_shared
+from .ties import reads_one_weight_twice, without_shared
 
 register_family(find_heads, HeadTarget)
 
@@ -29,7 +29,9 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
 def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> tuple[Plan, Evidence]:
     """``plan``, and what it was proven by."""
     candidates = [Candidate.of(found, family) for family in FAMILIES.values() for found in family.finder(model, config)]
-    evidence = Evidence(model, inputs, {option.name for candidate in candidates for option in candidate.options})
+    options = [option for candidate in candidates for option in candidate.options]
+    leaves = {path.rpartition(".")[0] for option in options for path in option.parameters()}
+    evidence = Evidence(model, inputs, {option.name for option in options}, leaves)
     targets, skipped = [], []
     for candidate in candidates:
         target, reason = _chosen(candidate, evidence)
@@ -68,6 +70,8 @@ def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, st
         return None, candidate.doubt
     if candidate.certain or candidate.options[0].found(evidence.model).lone:  # a weight by itself: nothing to prove
         return candidate.options[0], ""
+    if reads_one_weight_twice(candidate.options[0].found(evidence.model)):
+        return None, f"shared with {candidate.options[0].name} itself: its factors are one weight"
     index, reason = evidence.chosen([(option.name, option.kind, option.found) for option in candidate.options])
     if index is not None:
         return candidate.options[index], ""

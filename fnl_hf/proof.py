@@ -135,10 +135,18 @@ class Evidence:
     Args:
         inputs: the user's example inputs; None to make some up.
         names: of what is to be proven; calls are recorded at or above the modules that (will) hold it.
+        leaves: names of the modules that hold factors, of which it is told whether they are called.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any] | None = None, names: Iterable[str] = ()):
-        self.model, self.inputs, self._owners = model, inputs, {name.rpartition(".")[0] for name in names}
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any] | None = None,
+        names: Iterable[str] = (),
+        leaves: Iterable[str] = (),
+    ):
+        self.model, self.inputs, self._leaves = model, inputs, set(leaves)
+        self._owners = {name.rpartition(".")[0] for name in names}
         self.obstacle = ""  # why there is no recording
         self._known: dict[tuple, Any] = {}
         self._stages: dict[tuple, Stage | Exception] = {}
@@ -150,7 +158,7 @@ class Evidence:
         Raises:
             ProbeError: The model does not run on the user's inputs.
         """
-        names = {ancestor for owner in self._owners for ancestor in _lineage(owner)[:REACH]}
+        names = {ancestor for owner in self._owners for ancestor in _lineage(owner)[:REACH]} | self._leaves
         if self.inputs is not None:
             return Recording(self.model, self.inputs, names, self._alike)
         try:
@@ -288,9 +296,16 @@ def prove(evidence: Evidence, products: Sequence[Factorization]) -> Verification
     return Verification(verdicts)
 
 
+def holders(model: nn.Module, products: Iterable[Factorization]) -> set[str]:
+    """Names of the modules that hold the factors of products as parameters of their own."""
+    parameters = {parameter for product in products for parameter in product.parameters()}
+    return {name for name, module in model.named_modules() if parameters.intersection(module.parameters(recurse=False))}
+
+
 def _is_called(evidence: Evidence, product: Factorization) -> bool:
-    """Whether the module that declares a product, or one right above it, was called."""
-    return any(name in evidence.recording.calls for name in _lineage(product.name.rpartition(".")[0])[:REACH])
+    """Whether the module that declares a product was called, or a leaf that holds one of its factors."""
+    calls = evidence.recording.calls
+    return product.name.rpartition(".")[0] in calls or bool(holders(evidence.model, [product]) & calls.keys())
 
 
 @dataclass

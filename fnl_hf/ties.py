@@ -24,6 +24,12 @@ def without_shared(model: nn.Module, targets: Sequence[Target]) -> tuple[list[Ta
     return kept, []
 
 
+def reads_one_weight_twice(product: Factorization) -> bool:
+    """Whether two factors of a product share entries of a parameter, as queries that are tied to keys do."""
+    pairs = ((one, other) for i, one in enumerate(product.views) for other in product.views[i + 1 :])
+    return any(one.parameter is other.parameter and _overlap(one, other) for one, other in pairs)
+
+
 def _overlapping(targets: Sequence[Target], products: Sequence[Factorization]) -> dict[str, str]:
     """name of a target -> the other target (or itself) whose factor reads the same entries of a parameter."""
     readers: dict[int, list[tuple[Target, tuple, View]]] = defaultdict(list)

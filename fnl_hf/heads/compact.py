@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..factorization import FactorLeaf, declared, swap
-from ..proof import MOVED, Stage
+from ..proof import MOVED, UNREACHED, Stage
 from .slices import HeadSlice
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the output's norm, between equal modules
@@ -16,8 +16,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the output's norm, 
 Narrow = Callable[[nn.Module], None]  # narrows heads in the model that a stage holds
 
 
-def narrows_as_expected(stage: Stage, narrow: Narrow) -> bool:
-    """Whether a module with narrow leaves gives what it gives with their ordinary layers, and they matter at all.
+def narrows_as_expected(stage: Stage, narrow: Narrow) -> tuple[bool | None, str]:
+    """Whether a module with narrow leaves gives what it gives with their ordinary layers; None if they do not matter.
 
     Some classes hand weights to a kernel, past the leaves that hold them.
     """
@@ -25,7 +25,9 @@ def narrows_as_expected(stage: Stage, narrow: Narrow) -> bool:
     narrow(root)
     narrowed = stage.run(_inner(root, stage))
     swap(root, {leaf: leaf.dense() for leaf in root.modules() if isinstance(leaf, FactorLeaf)})
-    return _agrees(narrowed, stage.run(_inner(root, stage))) and _moved(narrowed, stage.output)
+    if not _agrees(narrowed, stage.run(_inner(root, stage))):
+        return False, ""
+    return (True, "") if _moved(narrowed, stage.output) else (None, UNREACHED)
 
 
 def compact_attributes(
@@ -34,8 +36,8 @@ def compact_attributes(
     heads: HeadSlice,
     rank: int,
     narrow: Callable[[nn.Module, dict[str, int] | None], None],
-) -> dict[str, int] | None:
-    """Attributes of an attention module with which really narrower heads give what padded ones give, or None.
+) -> tuple[dict[str, int] | None, str]:
+    """Attributes of an attention module with which really narrower heads give what padded ones give, or None and why.
 
     The width of a head stands under several names, and some classes compute their scale from it: what is tried counts
     only if outputs agree, and if changing either side of each product alone moves them.
@@ -56,9 +58,9 @@ def compact_attributes(
             agrees = _agrees(stage.run(_inner(root, stage)), reference)
         except (RuntimeError, ValueError):  # shapes that do not fit
             continue
-        if agrees and _matters(stage, root, reference):
-            return attributes
-    return None
+        if agrees:
+            return (attributes, "") if _matters(stage, root, reference) else (None, UNREACHED)
+    return None, "no attribute says their width"
 
 
 def _matters(stage: Stage, root: nn.Module, reference: torch.Tensor) -> bool:

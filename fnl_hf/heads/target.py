@@ -191,8 +191,8 @@ class HeadTarget(Target):
         if self.rotary is not None or not all(map(can_be_narrowed, leaves)):
             return False
 
-        def answer(stage: Stage) -> tuple[bool, str]:
-            return narrows_as_expected(stage, lambda root: type(self).install(root, [replace(self, compact=None)])), ""
+        def answer(stage: Stage) -> tuple[bool | None, str]:
+            return narrows_as_expected(stage, lambda root: self.install(root, [replace(self, compact=None)]))
 
         question = ("narrow", self.slot, self.kind, self.rank)
         answers = evidence.tried(self.owner, widths_of(self.found(model)), question, answer)
@@ -278,7 +278,7 @@ def _attributes(model: nn.Module, qk: HeadTarget, ov: HeadTarget, evidence: Evid
         HeadTarget.install(root, [replace(t, compact=told) for t, told in zip((qk, ov), compact, strict=True)])
 
     def answer(stage: Stage) -> tuple[dict[str, int] | None, str]:
-        return compact_attributes(stage, qk.owner, qk.left, qk.rank, narrow), ""
+        return compact_attributes(stage, qk.owner, qk.left, qk.rank, narrow)
 
     answers = evidence.tried(
         ov.owner, widths_of(qk.found(model)), ("compact", qk.owner.rpartition(".")[2], qk.rank), answer
