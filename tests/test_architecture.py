@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "fnl_hf"
 FLOORS = [
     {"algebra", "config", "messages"},
     {"factorization"},
-    {"proof", "saving", "sharding"},
+    {"proof", "sharding"},
     {"plan"},
-    {"initialization", "calibration", "heads"},
+    {"initialization", "calibration", "saving", "heads"},
     {"planning", "patching", "optimizer_state", "optim", "decay", "measure"},
     {"loading", "rules"},
     {"training_arguments", "warm_start", "trainer", "overview", "cli"},
