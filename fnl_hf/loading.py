@@ -109,6 +109,8 @@ class FNLQuantizer(HfQuantizer):
                 f"the checkpoint lacks {_listed(missing)}, which the plan in its config.json holds: restore the "
                 f"weights that were saved with it"
             )
+        if not attached(model):  # a part in which nothing is factorized
+            forget_plans(model)
         save_under_own_names(model)  # again: loading has just set conversions to revert
         return model
 
@@ -167,8 +169,6 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
             lack = f"{type(model).__name__} {target.flaw(model)}"
             raise ValueError(f"quantization_config.plan names {target.name}, but {lack}: {RESTORE}")
         elsewhere.append(target.name)
-    if plan.targets and not placed:
-        raise ValueError(f"{type(model).__name__} holds none of the products of this checkpoint: {_listed(elsewhere)}")
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
     return replace(plan, targets=tuple(placed))
