@@ -31,10 +31,11 @@ The model class comes from `architectures` in DIR/config.json. Tokenizer, proces
 along, and folders that hold no weights (1_Pooling). OUT is written as a whole or not at all, and never over files that
 are there.
 """
-# Other weights, or a training run
-WEIGHTS = r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)|.*\.index\.json|trainer_state\.json|events\.out\.tfevents.*"
+WEIGHTS = r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)|.*\.index\.json"
+LOGS = r"trainer_state\.json|events\.out\.tfevents.*"
 CODE = r"\..*|.*\.py|__pycache__"  # never trusted; and what is hidden
-NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{CODE}"  # save_pretrained writes the first, and _card the second
+# save_pretrained writes the config, and `_card` the README.md
+NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{LOGS}|{CODE}"
 CARD_START, CARD_END = "<!-- fnl_hf -->", "<!-- /fnl_hf -->"
 
 
@@ -204,7 +205,7 @@ def _write(model: transformers.PreTrainedModel, options: argparse.Namespace) -> 
             if path.is_file() and not target.exists() and not re.fullmatch(NOT_CARRIED, path.name):
                 shutil.copy2(path, target)
             if path.is_dir() and not path.is_symlink() and not re.fullmatch(CODE, path.name):
-                if any(re.fullmatch(WEIGHTS, inside.name) for inside in path.rglob("*")):
+                if any(re.fullmatch(f"{WEIGHTS}|{LOGS}", inside.name) for inside in path.rglob("*")):
                     left.append(path.name)
                 elif not target.exists():
                     shutil.copytree(path, target, ignore=_not_carried)
