@@ -108,7 +108,8 @@ from torch.nn.modules import module
 def outside():
     root = logging.getLogger()
     return (len(module._global_module_registration_hooks), torch.get_num_threads(), torch.initial_seed(),
-            root.level, len(root.handlers), transformers.logging.get_verbosity(), torch.get_default_dtype())
+            root.level, len(root.handlers), transformers.logging.get_verbosity(), torch.get_default_dtype(),
+            transformers.PreTrainedModel.save_pretrained)
 before = outside()
 import fnl_hf
 assert before == outside(), (before, outside())
