@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -27,26 +28,45 @@ EXAMPLES = """examples:
   fnl-hf to-dense my-bert-half my-bert-dense
 
 The model class comes from `architectures` in DIR/config.json. Tokenizer, processor and generation files are carried
-along. OUT is written as a whole or not at all, and never over files that are there.
+along, and folders that hold no weights (1_Pooling). OUT is written as a whole or not at all, and never over files that
+are there.
 """
-# What save_pretrained writes itself, what belongs to other weights or to a training run, and code (never trusted).
-NOT_CARRIED = re.compile(
-    r"config\.json|README\.md|trainer_state\.json|.*\.index\.json|\..*|"
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf|py)"
-)
+WEIGHTS = r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)|.*\.index\.json"
+LOGS = r"trainer_state\.json|events\.out\.tfevents.*"
+CODE = r"\..*|.*\.py|__pycache__"  # never trusted; and what is hidden
+# save_pretrained writes the config, and `_card` the README.md
+NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{LOGS}|{CODE}"
 CARD_START, CARD_END = "<!-- fnl_hf -->", "<!-- /fnl_hf -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong."""
-    options = _parser().parse_args(arguments)
+    """Run a command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong.
+
+    Who reads its output may stop at any time (``fnl-hf inspect DIR | head``): that is no error.
+    """
     try:
+        options = _parser().parse_args(arguments)
         with _quiet_transformers():
             options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         print(f"fnl-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        _leave_closed_pipe()
     return 0
+
+
+def _leave_closed_pipe() -> None:
+    """Python flushes once more when it ends, and would complain then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 @contextlib.contextmanager
@@ -110,8 +130,8 @@ def _factorize(options: argparse.Namespace) -> None:
     )
     _refuse_existing(options.out)
     model = factorize(_load(options.dir), config)
-    print(summary(model).headline())
     _write(model, options)
+    print(summary(model).headline())
 
 
 def _to_dense(options: argparse.Namespace) -> None:
@@ -170,23 +190,36 @@ def _load(directory: Path) -> transformers.PreTrainedModel:
 
 
 def _refuse_existing(out: Path) -> None:
+    if out.is_symlink():
+        raise ValueError(f"{out} is a symbolic link: give the directory that it points to, or another OUT")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory: give another OUT, or remove it")
 
 
 def _write(model: transformers.PreTrainedModel, options: argparse.Namespace) -> None:
+    left = []
     with written_whole(options.out) as folder:
         model.save_pretrained(folder)
-        for path in options.dir.iterdir():
-            carried = path.is_file() and not NOT_CARRIED.fullmatch(path.name)
-            if carried and not (folder / path.name).exists():
-                shutil.copy2(path, folder / path.name)
-        templates = "additional_chat_templates"
-        if (options.dir / templates).is_dir():
-            shutil.copytree(options.dir / templates, folder / templates)
+        for path in sorted(options.dir.iterdir()):
+            target = folder / path.name
+            if path.is_file() and not target.exists() and not re.fullmatch(NOT_CARRIED, path.name):
+                shutil.copy2(path, target)
+            if path.is_dir() and not path.is_symlink() and not re.fullmatch(CODE, path.name):
+                if any(re.fullmatch(f"{WEIGHTS}|{LOGS}", inside.name) for inside in path.rglob("*")):
+                    left.append(path.name)
+                elif not target.exists():
+                    shutil.copytree(path, target, ignore=_not_carried)
         card = _card(model, options.dir / "README.md", options.out.name)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
+    if left:
+        print(f"fnl_hf: {', '.join(left)} not carried along: weights or logs of their own")
+
+
+def _not_carried(folder: str, names: list[str]) -> list[str]:
+    """What stays behind of a folder without weights, such as 1_Pooling: code, and links to other folders."""
+    paths = [Path(folder, name) for name in names]
+    return [path.name for path in paths if re.fullmatch(CODE, path.name) or (path.is_symlink() and path.is_dir())]
 
 
 def _card(model: nn.Module, source: Path, title: str) -> str:

@@ -8,7 +8,8 @@ at will; what is handed out is resolved afresh at every call.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
 from .algebra import Form
+
+if TYPE_CHECKING:
+    from .config import FNLConfig
+    from .plan import Target
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,26 @@ class Declares(ABC):
 
     It may be the layer that holds the factors, which is then a `FactorLeaf` too, or a module without parameters and
     forward beside the layers that do, shown by ``print(model)`` and absent from ``state_dict``.
+
+    Attributes:
+        planned: the target that it was installed for; None for a layer that its model class builds by itself.
+        settings: the config that asked for it, without a plan.
     """
+
+    planned: "Target | None" = None
+    settings: "FNLConfig | None" = None
+
+    def __new__(cls, *args, **kwargs):  # copies and unpickled declarations come this way too
+        _declares_first()
+        return super().__new__(cls)
+
+    def target(self, name: str) -> "Target | None":
+        """The entry of a plan that would install it again in the dense model, where it is called ``name``.
+
+        By default the target that it was installed for, under its name of today: right for all whose fields give
+        other names relative to the module that holds the declaration, and where nothing has changed the rank since.
+        """
+        return None if self.planned is None else replace(self.planned, name=name)
 
     @abstractmethod
     def factorization(self, name: str, parent: nn.Module) -> Factorization:
@@ -157,6 +181,21 @@ class Declares(ABC):
 
     def withdraw(self, parent: nn.Module) -> None:  # noqa: B027
         """Undo what installing it changed in ``parent``, beside leaves: called by ``to_dense`` before it is removed."""
+
+
+_WHEN_DECLARED: list[Callable[[], None]] = []
+
+
+def when_declared(action: Callable[[], None]) -> Callable[[], None]:
+    """Have something done once in a process, when its first declaration is built, loaded, copied or unpickled."""
+    _WHEN_DECLARED.append(action)
+    return action
+
+
+@functools.cache
+def _declares_first() -> None:
+    for action in _WHEN_DECLARED:
+        action()
 
 
 class FactorLeaf(nn.Module):

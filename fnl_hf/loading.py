@@ -6,7 +6,8 @@ cannot decide otherwise. A dense checkpoint is factorized while loading when ``f
 ``quantization_config=fnl_hf.FNLConfig(…)``.
 
 Otherwise a factorized model is an ordinary one: the flags of a quantized model, which would keep ``.half()`` and the
-Trainer from working, are taken off once it is loaded. Only ``config.quantization_config`` stays.
+Trainer from working, are taken off once it is loaded. Only ``config.quantization_config`` stays, and what is saved is
+written by `fnl_hf.saving`.
 """
 
 import os
@@ -26,8 +27,8 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from .config import FNLConfig
 from .messages import say
 from .patching import factorize, install
-from .plan import RESTORE, Plan, Renaming
-from .saving import save_under_own_names
+from .plan import RESTORE, Plan, Renaming, attached
+from .saving import configs, forget_plans, save_under_own_names
 
 register_quantization_config("fnl")(FNLConfig)
 # from_pretrained asks these for get_loading_attributes() before it drops a config in favour of the stored one, and
@@ -80,11 +81,11 @@ class FNLQuantizer(HfQuantizer):
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
         rename = _renaming(model)
         stored = {rename(key): (key, shape) for key, shape in _stored_shapes(checkpoint_files).items()}
-        plan = _placed(Plan.of(self.quantization_config), model, rename, stored)
+        plan, dense = _placed(Plan.of(self.quantization_config), model, rename, stored), _shapes(model)
         install(model, self.quantization_config, plan)
         self.names = _parameter_names(model, plan)
-        _check_shapes(model, self.names, stored)
-        self.quantization_config = model.config.quantization_config
+        _check_shapes(model, self.names, dense, stored, checkpoint_files)
+        self.quantization_config = attached(model) or self.quantization_config
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         _unflag(model)
@@ -108,6 +109,8 @@ class FNLQuantizer(HfQuantizer):
                 f"the checkpoint lacks {_listed(missing)}, which the plan in its config.json holds: restore the "
                 f"weights that were saved with it"
             )
+        if not attached(model):  # a part in which nothing is factorized
+            forget_plans(model)
         save_under_own_names(model)  # again: loading has just set conversions to revert
         return model
 
@@ -166,8 +169,6 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
             lack = f"{type(model).__name__} {target.flaw(model)}"
             raise ValueError(f"quantization_config.plan names {target.name}, but {lack}: {RESTORE}")
         elsewhere.append(target.name)
-    if plan.targets and not placed:
-        raise ValueError(f"{type(model).__name__} holds none of the products of this checkpoint: {_listed(elsewhere)}")
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
     return replace(plan, targets=tuple(placed))
@@ -216,16 +217,24 @@ def _renaming(model: PreTrainedModel) -> Renaming:
     return rename
 
 
-def _check_shapes(model: PreTrainedModel, names: list[str], stored: dict[str | None, tuple[str, tuple]]) -> None:
-    """Transformers would raise too, but without the name of the key."""
-    for name in names:
-        key, found = stored.get(name, (name, None))
-        shape = tuple(model.get_parameter(name).shape)
-        if found not in (None, shape):
-            raise ValueError(
-                f"{key} is stored as {found}, the plan in config.json makes it {shape}: config.json and weights are "
-                f"not of one checkpoint; {RESTORE}"
-            )
+def _check_shapes(
+    model: PreTrainedModel,
+    names: list[str],
+    dense: dict[str, tuple],
+    stored: dict[str | None, tuple[str, tuple]],
+    files: list[str] | None,
+) -> None:
+    """Transformers would raise too, but without the name of the key, and not for weights that are simply dense."""
+    shapes = _shapes(model)
+    wrong = {name: stored[name] for name in names if name in stored and stored[name][1] != shapes[name]}
+    for name, (key, found) in wrong.items():
+        changed = [name for name in shapes.keys() & stored.keys() & dense.keys() if shapes[name] != dense[name]]
+        if all(stored[name][1] == dense[name] for name in changed):
+            config = os.path.join(os.path.dirname(files[0]), "config.json")
+            why = f"the weights are dense; remove quantization_config from {config}"
+        else:
+            why = f"config.json and weights are not of one checkpoint; {RESTORE}"
+        raise ValueError(f"{key} is stored as {found}, the plan in config.json makes it {shapes[name]}: {why}")
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple]:
@@ -242,10 +251,9 @@ def _unflag(model: PreTrainedModel) -> None:
     """Take off what marks a model as quantized (``HfQuantizer.preprocess_model`` and ``postprocess_model``)."""
     for name in ("is_quantized", "quantization_method", "hf_quantizer"):
         delattr(model, name)
-    for config in {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values():
+    for config in configs(model):
         vars(config).pop("_is_quantized", None)
-        if config is not model.config:  # an encoder's copy of the config
-            vars(config).pop("quantization_config", None)
+    forget_plans(model, keep=model.config)  # parts have copies
 
 
 def _listed(names: list[str]) -> str:

@@ -11,10 +11,10 @@ from .config import CALIBRATED, KEEP_THE_PRODUCT, FNLConfig
 from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
 from .initialization import initial_factors
 from .messages import say
-from .plan import Plan, attach, attached, headline
+from .plan import Plan, attach, detach, headline
 from .planning import nothing_found, plan_with_evidence
 from .proof import Evidence, Verification, holders, prove
-from .saving import save_under_any_names, save_under_own_names
+from .saving import forget_plans, own_configs, save_under_any_names, save_under_own_names
 
 
 def factorize(
@@ -92,8 +92,13 @@ def factorize(
 
 
 def install(model: nn.Module, config: FNLConfig, planned: Plan) -> None:
-    """Give a dense model the layers and declarations of a plan; the values of their factors are still to be written."""
+    """Give a dense model the layers and declarations of a plan; the values of their factors are still to be written.
+
+    Its config becomes a copy of what it was, which it shares with no other model.
+    """
+    own_configs(model)
     planned.install(model)
+    forget_plans(model)
     attach(model, config, planned)
     save_under_own_names(model)
 
@@ -142,8 +147,9 @@ def to_dense(model: nn.Module) -> nn.Module:
             if isinstance(child, Declares):
                 child.withdraw(parent)
                 delattr(parent, name)
-    if attached(model):
-        del getattr(model, "config", model).quantization_config
+    own_configs(model)
+    forget_plans(model)
+    detach(model)
     save_under_any_names(model)
     return model
 
@@ -168,6 +174,7 @@ def _refuse_factorized(model: nn.Module) -> None:
     if is_factorized(model):
         raise ValueError("the model is factorized already; call fnl_hf.to_dense(model) before factorizing it anew")
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     # Ours on a dense model is the config of a factorized one, from which `from_config` made a new model.
-    if stored is not None and dict(stored)["quant_method"] != "fnl":
+    if stored is not None and method != "fnl":
         raise ValueError("the model is quantized; factorize the unquantized model")

@@ -19,12 +19,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import FNLConfig
-from .factorization import factorizations
+from .factorization import factorizations, is_factorized
 from .measure import mean_stable_rank
 from .messages import say
 from .optimizer_state import Before, carry_state
 from .patching import factorize, install
-from .plan import Plan, Target, attached
+from .plan import Plan, Target
 from .planning import nothing_found, plan
 
 STABLE = "stable"
@@ -73,13 +73,13 @@ class WarmStart(TrainerCallback, ExportableState):
                 f"factorize_at is {self.at!r}, but the run has {state.max_steps} steps: the model would stay dense; "
                 "give an earlier step, a fraction below 1, or factorize it before training"
             )
-        if attached(model) is None:
+        if not is_factorized(model):
             self.targets = targets(model, self.config)
             say(f"fnl_hf: the model stays dense until factorize_at = {self.at}")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Ask for a checkpoint at the switch: the trainer then switches in its place."""
-        if attached(model) is None and (
+        if not is_factorized(model) and (
             state.global_step >= self.switch_step(state.max_steps) or self._settled(args, state, model)
         ):
             self.due = control.should_log = control.should_save = True
@@ -200,7 +200,7 @@ class WarmStartMixin:
     @property
     def waits_for_switch(self) -> bool:
         """Whether the model is still dense and will be factorized in the middle of the run."""
-        return self._warm_start is not None and attached(self.model) is None
+        return self._warm_start is not None and not is_factorized(self.model)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As in `Trainer`; with ``factorize_at`` it trains the dense model, switches, and trains the factorized one."""
@@ -209,9 +209,9 @@ class WarmStartMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         stored = _stored_config(resume_from_checkpoint)
-        if stored is not None and attached(self.model) is None:
+        if stored is not None and not is_factorized(self.model):
             install(self.model, stored, Plan.of(stored))  # the values of its factors come with the weights
-        if attached(self.model) is not None and stored is None:
+        if is_factorized(self.model) and stored is None:
             raise ValueError(
                 "factorize_at is given, but the model is factorized already: drop factorize_at and fnl_config, or call "
                 "fnl_hf.to_dense(model) first"

@@ -1,6 +1,10 @@
 """fnl-hf: factorize, to-dense and inspect on directories."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ import fnl_hf
 from fnl_hf.cli import main
 from fnl_hf.measure import spectra
 from tests.families import BART, TEXT, build, output
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -183,3 +189,52 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0 and "DIR" in capsys.readouterr().out
+
+
+def test_folders_without_weights_are_carried_along(dense, tmp_path, capsys):
+    """A sentence-transformers checkpoint stays one; other weights, code and logs stay behind."""
+    kept = {
+        "modules.json", "1_Pooling/config.json", "additional_chat_templates/tool.jinja", "2_Normalize/deeper/a.txt",
+    }  # fmt: skip
+    left = {
+        "checkpoint-5/optimizer.pt", "onnx/model.onnx", "runs/Jan/events.out.tfevents.1", ".git/HEAD",
+        "1_Pooling/code.py", "2_Normalize/__pycache__/code.pyc", "2_Dense/model.safetensors", "2_Dense/config.json",
+    }  # fmt: skip
+    for name in kept | left:
+        (dense / name).parent.mkdir(parents=True, exist_ok=True)
+        (dense / name).write_text("{}")
+    (dense / "2_Normalize" / "linked").symlink_to(dense, target_is_directory=True)
+    (dense / "linked").symlink_to(dense / "1_Pooling", target_is_directory=True)
+    assert run("factorize", dense, tmp_path / "half") == 0
+    assert "fnl_hf: 2_Dense, checkpoint-5, onnx, runs not carried along: weights" in capsys.readouterr().out
+    found = {str(path.relative_to(tmp_path / "half")) for path in (tmp_path / "half").rglob("*") if path.is_file()}
+    assert kept <= found and not left & found and not any("linked" in name for name in found)
+    assert run("to-dense", tmp_path / "half", tmp_path / "again") == 0
+    assert all((tmp_path / "again" / name).is_file() for name in kept)
+
+
+@pytest.mark.parametrize("target", ["empty", "nowhere"])
+def test_a_symbolic_link_is_no_out(dense, tmp_path, capsys, target):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / target, target_is_directory=True)
+    for command in (("factorize", dense), ("to-dense", dense)):
+        assert run(*command, tmp_path / "link") == 2
+        assert "link is a symbolic link: give the directory that it points to" in capsys.readouterr().err
+    assert (tmp_path / "link").is_symlink() and not any((tmp_path / "empty").iterdir())
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("command", ["--help", "inspect", "factorize"])
+def test_a_closed_pipe_ends_quietly(command, dense, tmp_path):
+    arguments = {"--help": [], "inspect": [dense], "factorize": [dense, tmp_path / "half"]}[command]
+    program = [sys.executable, "-m", "fnl_hf.cli", command, *map(str, arguments)]
+    if command == "inspect":
+        fnl_hf.factorize(tf.AutoModel.from_pretrained(dense)).save_pretrained(dense)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(program, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        os.close(writer)
+        errors = process.communicate()[1]
+    assert process.returncode == 0
+    assert all(line.startswith("fnl_hf: factorized") for line in errors.splitlines()), errors
+    assert command != "factorize" or (tmp_path / "half" / "model.safetensors").exists()  # it does its work

@@ -133,6 +133,23 @@ def test_it_saves_loads_and_goes_back_to_dense(factorized, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 
+def test_a_part_that_was_factorized_by_itself_is_saved_with_the_whole(thin, tmp_path):
+    model, inputs = build("bert")
+    fnl_hf.factorize(model.encoder, fnl_hf.FNLConfig(head_rank=0.5))
+    assert [target.name for target in Plan.of(attached(model.encoder)).targets if target.kind == "thin"] == [
+        f"layer.{i}.intermediate.dense" for i in range(2)
+    ]
+    model.save_pretrained(tmp_path)
+    loaded = tf.AutoModel.from_pretrained(tmp_path)
+    assert repr(loaded) == repr(model) and torch.equal(output(loaded, inputs), output(model, inputs))
+
+
+def test_a_target_without_a_declaration_is_an_error_of_its_family(thin, monkeypatch):
+    monkeypatch.setattr(ThinTarget, "install", classmethod(lambda cls, model, targets: None))
+    with pytest.raises(TypeError, match="ThinTarget.install left no declaration at encoder.layer.0"):
+        fnl_hf.factorize(build("bert")[0])
+
+
 def test_plain_transformers_refuses_the_checkpoint(factorized, tmp_path):
     factorized[0].save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
