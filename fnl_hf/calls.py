@@ -174,7 +174,7 @@ _EXAMPLES = {
 # -- a module's call ---------------------------------------------------------------------------------
 
 _HIDDEN = re.compile(
-    r"(hidden_states?|x|inputs?|states|embeddings|features|quer(y|ies)|query_states|q|src|tgt|target)$"
+    r"(hidden_states?|x|inputs?|latents|states|embeddings|features|quer(y|ies)|query_states|q|src|tgt|target)$"
 )
 _CONTEXT = re.compile(
     r"(key_value_states|encoder_hidden_states|encoder_states|cross_attention_states|context|memory|kv|keys?|values?|k|v|"
@@ -187,17 +187,17 @@ _MASK = re.compile("mask|length|seqlens")
 LARGE = 512  # positions from which on the first sequence alone is tried before all of them
 
 
-def drawn(call: Call, module: nn.Module, widths: Iterable[int], generator: torch.Generator) -> Iterator[Call]:
+def drawn(call: Call, module: nn.Module, generator: torch.Generator) -> Iterator[Call]:
     """A recorded call with its tensors drawn anew; a large one first without all but its first sequence.
 
-    Masks and rotations stay what they are. None if the hidden states, the tensors of one of ``widths``, have fewer than
-    four positions: too few to tell one attention from another.
+    Masks and rotations stay what they are. None if a tensor of features has fewer than four positions: too few to tell
+    one attention from another.
     """
-    widths, names = set(widths), list(inspect.signature(module.forward).parameters)
+    names = list(inspect.signature(module.forward).parameters)
     named = [*zip(names, call.args, strict=False), *((name, value) for name, value in call.kwargs.items())]
-    # (batch, positions, width), or (batch, width, rows, columns)
-    hidden = [v for name, v in named if _is_drawn(name, v) and (v.shape[-1] in widths or v.shape[1] in widths)]
-    positions = [v.numel() // (v.shape[-1] if v.shape[-1] in widths else v.shape[1]) for v in hidden]
+    hidden = [value for name, value in named if _is_drawn(name, value)]
+    # (batch, positions, width), or (batch, width, rows, columns) of a convolution
+    positions = [value.numel() // value.shape[1 if value.dim() == 4 else -1] for value in hidden]
     if not hidden or min(positions) < 4:
         return
 
@@ -238,7 +238,7 @@ def made_up(
 
     Args:
         widths: of the hidden states, and of what they attend to.
-        rotations: (cos, sin) of the model's own rotary modules.
+        rotations: (cos, sin) as rotary modules give them.
     """
     parameters = {
         name: parameter
@@ -280,6 +280,13 @@ def made_up(
     for rotation in (*rotations, None) if any(map(_ROTARY.search, parameters)) else (None,):
         for attends in (False, True) if any(map(_CONTEXT.fullmatch, parameters)) else (False,):
             yield call(attends, rotation)
+
+
+def a_rotation(width: int, length: int = POSITIONS) -> tuple[Tensor, Tensor]:
+    """(cos, sin) for heads of this width, (1, positions, width), as rotary modules of the usual kind give them."""
+    turns = torch.arange(length, dtype=torch.float64)[:, None] * 10.0 ** -torch.arange(width // 2, dtype=torch.float64)
+    angles = torch.cat([turns, turns], -1)[None]
+    return angles.cos(), angles.sin()
 
 
 def rotations_of(model: nn.Module, length: int = POSITIONS) -> list[tuple[Tensor, ...]]:

@@ -127,6 +127,7 @@ class Candidate:
         options: the targets that it may be, the most general first; the first one that is proven exact is taken.
         certain: there is nothing to prove: a layer that is replaced as a whole.
         doubt: what stands in between, or why there is no option, in words for the user.
+        optional: it stands there only if the module is called with it: a call that the model makes must decide.
 
     Raises:
         ValueError: It is certain to be nothing.
@@ -137,6 +138,7 @@ class Candidate:
     options: tuple[Target, ...]
     certain: bool = False
     doubt: str = ""
+    optional: bool = False
 
     def __post_init__(self):
         if self.certain and not self.options:

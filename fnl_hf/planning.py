@@ -72,7 +72,10 @@ def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, st
         return candidate.options[0], ""
     if reads_one_weight_twice(candidate.options[0].found(evidence.model)):
         return None, f"shared with {candidate.options[0].name} itself: its factors are one weight"
-    index, reason = evidence.chosen([(option.name, option.kind, option.found) for option in candidate.options])
+    index, reason = evidence.chosen(
+        [(option.name, option.kind, option.found) for option in candidate.options],
+        recorded_only=candidate.optional,
+    )
     if index is not None:
         return candidate.options[index], ""
     if not reason:  # it runs, and every option is refuted

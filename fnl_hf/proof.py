@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, ProbeError, Recording, drawn, made_up, outputs_of, record_examples, rotations_of, tensors_in
+from .calls import (
+    Call,
+    ProbeError,
+    Recording,
+    a_rotation,
+    drawn,
+    made_up,
+    outputs_of,
+    record_examples,
+    rotations_of,
+    tensors_in,
+)
 from .factorization import Factorization
 
 TOLERANCE = 5e-5  # of the change that the one-sided controls make; wrong layouts have shown 1.4e-4 and more
@@ -158,14 +169,22 @@ class Evidence:
         Raises:
             ProbeError: The model does not run on the user's inputs.
         """
-        names = {ancestor for owner in self._owners for ancestor in _lineage(owner)[:REACH]} | self._leaves
-        if self.inputs is not None:
-            return Recording(self.model, self.inputs, names, self._alike)
+        if self.inputs is None:
+            return self._examples
+        return Recording(self.model, self.inputs, self._names, self._alike)
+
+    @cached_property
+    def _examples(self) -> Recording | None:
+        """A recording on made-up inputs: what a user's are too short for may show there."""
         try:
-            return record_examples(self.model, names, self._alike)
+            return record_examples(self.model, self._names, self._alike)
         except ProbeError as error:
             self.obstacle = str(error)
             return None
+
+    @property
+    def _names(self) -> set[str]:
+        return {ancestor for owner in self._owners for ancestor in _lineage(owner)[:REACH]} | self._leaves
 
     def _alike(self, name: str) -> tuple:
         return fingerprint(self.model.get_submodule(name))
@@ -174,11 +193,12 @@ class Evidence:
     def _rotations(self) -> list[tuple[Tensor, ...]]:
         return rotations_of(self.model)
 
-    def chosen(self, options: Sequence[tuple[str, str, Found]]) -> tuple[int | None, str]:
+    def chosen(self, options: Sequence[tuple[str, str, Found]], recorded_only: bool = False) -> tuple[int | None, str]:
         """(index of the first option that is exact, ""), or (None, why there is none; "" for a refutation).
 
         Args:
             options: (name, kind, how it is found) of what may lie in one place.
+            recorded_only: a call made up from the signature is not enough: something optional may stand in between.
         """
         owner, _, slot = options[0][0].rpartition(".")
         question, reasons = ("exact", slot, tuple(kind for _, kind, _ in options)), []
@@ -191,7 +211,7 @@ class Evidence:
                     return i, ""
             return None, next((verdict.reason for verdict in verdicts if verdict.reason), "")
 
-        for index, reason in self.tried(owner, widths_of(options[0][2](self.model)), question, first_exact):
+        for index, reason in self.tried(owner, options[0][2](self.model), question, first_exact, recorded_only):
             if index is not None or not reason:  # proven, or refuted
                 return index, reason
             reasons.append(reason)
@@ -208,19 +228,27 @@ class Evidence:
             return found, found.reason or ""
 
         owner, _, slot = product.name.rpartition(".")
-        for found, reason in self.tried(owner, widths_of(product), ("as it is", slot, product.kind), verdict):
+        for found, reason in self.tried(owner, product, ("as it is", slot, product.kind), verdict):
             if not reason:
                 return None if found.exact else replace(found, name=product.name)
         return None
 
     def tried(
-        self, owner: str, widths: tuple[int, int], question: tuple, answer: Callable[[Stage], tuple[Any, str]]
+        self,
+        owner: str,
+        product: Factorization,
+        question: tuple,
+        answer: Callable[[Stage], tuple[Any, str]],
+        recorded_only: bool = False,
     ) -> Iterator[tuple[Any, str]]:
         """What each stage at or above ``owner`` answers, the likeliest first; (None, error) where it does not run.
 
         An answer is remembered for all modules that are equal to this one but for the values of their weights.
+
+        Args:
+            product: what the question is about, for the sizes of inputs.
         """
-        for name, call in self._calls(owner, widths):
+        for name, call in self._recorded_calls(owner) if recorded_only else self._calls(owner, product):
             key = (question, owner.removeprefix(name), fingerprint(self.model.get_submodule(name)), call.described())
             if key not in self._known:
                 stage = self._stage(name, call)
@@ -230,20 +258,32 @@ class Evidence:
                     self._known[key] = None, _line(error)
             yield self._known[key]
 
-    def _calls(self, owner: str, widths: tuple[int, int]) -> Iterator[tuple[str, Call]]:
-        """(module at or above ``owner``, a call of it): what was recorded, drawn anew; then what its signature asks."""
+    def _recorded_calls(self, owner: str) -> Iterator[tuple[str, Call]]:
+        """(the nearest called module at or above ``owner``, its call drawn anew), of each recording."""
         generator = torch.Generator().manual_seed(0)
-        for name in _lineage(owner)[:REACH]:
-            if self.recording and name in self.recording.calls:
-                for call in drawn(self.recording.calls[name], self.model.get_submodule(name), widths, generator):
-                    yield name, call
-                break
+        for which in ("recording", "_examples"):  # the second only where the first does not decide
+            recording = getattr(self, which)
+            for name in _lineage(owner)[:REACH]:
+                if recording and name in recording.calls:
+                    for call in drawn(recording.calls[name], self.model.get_submodule(name), generator):
+                        yield name, call
+                    break
+            if self.inputs is None:  # both are one
+                return
+
+    def _calls(self, owner: str, product: Factorization) -> Iterator[tuple[str, Call]]:
+        """Recorded calls, then what the signatures of the module and of the one around it ask for."""
+        yield from self._recorded_calls(owner)
+        generator, widths = torch.Generator().manual_seed(0), widths_of(product)
+        rotations = [*self._rotations, a_rotation(product.size()[1])]
         for name in _lineage(owner)[: REACH - 1]:
             module = self.model.get_submodule(name)
             if type(module).forward is nn.Module.forward or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
                 continue
-            for call in made_up(module, widths, self._rotations, generator):
-                yield name, call
+            inner = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), widths[0])
+            for sizes in dict.fromkeys((widths, (inner, inner))):  # the second of queries that have a latent
+                for call in made_up(module, sizes, rotations, generator):
+                    yield name, call
 
     def _stage(self, name: str, call: Call) -> Stage | Exception:
         """The stage for a call; one at a time is kept, since a float64 copy of a large module is large."""
@@ -392,6 +432,8 @@ def _random_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _distance(output: Tensor, reference: Tensor) -> float:
+    if output.shape != reference.shape:  # of a model that decides itself how long its output is
+        return float("inf")
     return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 

@@ -52,6 +52,7 @@ def find_heads(model: nn.Module, config: FNLConfig) -> list[Candidate]:
             slot,
             tuple(replace(option, rank=config.head_rank_of(site.name, option.rank)) for option in site.options[slot]),
             doubt=site.doubts.get(slot, ""),
+            optional="relative" in site.doubts.get(slot, ""),
         )
         for site in (find_attention(model) if config.attention else ())
         for slot in config.attention

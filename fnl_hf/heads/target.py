@@ -11,7 +11,7 @@ from torch import nn
 from ..config import ATTENTION_KINDS, FNLConfig
 from ..factorization import Factorization, swap
 from ..plan import Activation, Renaming, Target
-from ..proof import Evidence, Stage, widths_of
+from ..proof import Evidence, Stage
 from .compact import compact_attributes, narrows_as_expected
 from .leaf import HeadLinear, HeadPadding, can_be_narrowed
 from .product import HeadProduct
@@ -195,7 +195,7 @@ class HeadTarget(Target):
             return narrows_as_expected(stage, lambda root: self.install(root, [replace(self, compact=None)]))
 
         question = ("narrow", self.slot, self.kind, self.rank)
-        answers = evidence.tried(self.owner, widths_of(self.found(model)), question, answer)
+        answers = evidence.tried(self.owner, self.found(model), question, answer)
         return next((narrows for narrows, _ in answers if narrows is not None), False)
 
     @classmethod
@@ -280,9 +280,7 @@ def _attributes(model: nn.Module, qk: HeadTarget, ov: HeadTarget, evidence: Evid
     def answer(stage: Stage) -> tuple[dict[str, int] | None, str]:
         return compact_attributes(stage, qk.owner, qk.left, qk.rank, narrow)
 
-    answers = evidence.tried(
-        ov.owner, widths_of(qk.found(model)), ("compact", qk.owner.rpartition(".")[2], qk.rank), answer
-    )
+    answers = evidence.tried(ov.owner, qk.found(model), ("compact", qk.owner.rpartition(".")[2], qk.rank), answer)
     return next((attributes for attributes, _ in answers if attributes is not None), None)
 
 
