@@ -174,11 +174,11 @@ _EXAMPLES = {
 # -- a module's call ---------------------------------------------------------------------------------
 
 _HIDDEN = re.compile(
-    r"(hidden_states?|x|inputs?|latents|states|embeddings|features|quer(y|ies)|query_states|q|src|tgt|target)$"
+    r"(hidden_states?|x|inputs?|input_tensor|latents|states|embeddings|features|quer(y|ies)|query_states|q|src|tgt|target)$"
 )
 _CONTEXT = re.compile(
     r"(key_value_states|encoder_hidden_states|encoder_states|cross_attention_states|context|memory|kv|keys?|values?|k|v|"
-    r"key_states|value_states|current_states|source|inputs_kv)$"
+    r"key_states|value_states|ctx_tensor|current_states|source|inputs_kv)$"
 )
 _ROTARY = re.compile(r"position_embeddings?|rotary|rope|freqs|cos$|sin$")
 _MASK = re.compile("mask|length|seqlens")

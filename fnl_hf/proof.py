@@ -248,10 +248,12 @@ class Evidence:
         Args:
             product: what the question is about, for the sizes of inputs.
         """
-        for name, call in self._recorded_calls(owner) if recorded_only else self._calls(owner, product):
-            key = (question, owner.removeprefix(name), fingerprint(self.model.get_submodule(name)), call.described())
+        calls = self._recorded_calls(owner) if recorded_only else self._calls(owner, product)
+        for i, (name, call) in enumerate(calls):
+            where = owner.removeprefix(name), fingerprint(self.model.get_submodule(name))
+            key = (question, *where, i, call.described())
             if key not in self._known:
-                stage = self._stage(name, call)
+                stage = self._stage(name, call, i)
                 try:
                     self._known[key] = (None, _line(stage)) if isinstance(stage, Exception) else answer(stage)
                 except Exception as error:  # any user module may stand here; what it raised is the reason to report
@@ -285,9 +287,9 @@ class Evidence:
                 for call in made_up(module, sizes, rotations, generator):
                     yield name, call
 
-    def _stage(self, name: str, call: Call) -> Stage | Exception:
-        """The stage for a call; one at a time is kept, since a float64 copy of a large module is large."""
-        key = name, call.described()
+    def _stage(self, name: str, call: Call, i: int) -> Stage | Exception:
+        """The stage for the i-th call; one at a time is kept, since a float64 copy of a large module is large."""
+        key = name, i, call.described()
         if key not in self._stages:
             self._stages.clear()
             try:
