@@ -48,17 +48,21 @@ class _Layout:
 
 
 def find_heads(model: nn.Module, config: FNLConfig) -> list[Candidate]:
-    """The finder of this family: the products of every attention site that the config asks for, with their ranks."""
+    """The finder of this family: the products of every attention site, of the kinds that the config asks for, with
+    their ranks."""
     return [
         Candidate(
             site.name,
             slot,
-            tuple(replace(option, rank=config.head_rank_of(site.name, option.rank)) for option in site.options[slot]),
+            tuple(
+                replace(option, rank=config.head_rank_of((option.name, site.name), option.rank))
+                for option in site.options[slot]
+            ),
             certain=slot in site.certain,
             doubt=site.doubts.get(slot, ""),
         )
         for site in (find_attention(model) if config.attention else ())
-        for slot in config.attention
+        for slot in config.attention_kinds()
         if site.options[slot] or slot in site.doubts
     ]
 
