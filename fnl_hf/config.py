@@ -17,7 +17,7 @@ CALIBRATED = frozenset()  # those of them that look at data
 
 @dataclass(kw_only=True, eq=False)
 class FNLConfig(QuantizationConfigMixin):
-    """Configuration of [`factorize`], and the `quantization_config` of a factorized checkpoint.
+    r"""Configuration of [`factorize`], and the `quantization_config` of a factorized checkpoint.
 
     Two configs are equal if they ask for the same: `head_rank=1` (rank one) and `1.0` (full rank) differ, the order of
     `attention` and of a list in `exclude_modules` does not count, that of `rank_pattern` does.

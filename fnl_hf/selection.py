@@ -53,4 +53,4 @@ def _expect(field: str, entry: str, matched: bool, there: Sequence[Sequence[str]
         return
     shown = list(dict.fromkeys(names[0] for names in there))
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    raise ValueError(f"{field} has {entry!r}, which matches nothing: there are {', '.join(shown[:SHOWN])}{more}")
+    raise ValueError(f"{field} has '{entry}', which matches nothing: there are {', '.join(shown[:SHOWN])}{more}")

@@ -72,6 +72,12 @@ def find_attention(model: nn.Module) -> list[Site]:
     return [site for name, module in model.named_modules() if (site := _site(model, name, module))]
 
 
+def options_at(model: nn.Module, name: str) -> list[HeadTarget]:
+    """The products that the module of this name may hold; [] if it is no attention module."""
+    site = _site(model, name, model.get_submodule(name))
+    return [option for options in site.options.values() for option in options] if site else []
+
+
 def _site(model: nn.Module, name: str, module: nn.Module) -> Site | None:
     roles = roles_of(module)
     if not _looks_like_attention(module, roles):
