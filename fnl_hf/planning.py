@@ -8,6 +8,7 @@ from .config import FNLConfig
 from .heads import HeadTarget, find_heads
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence
+from .selection import selected
 from .ties import reads_one_weight_twice, without_shared
 
 register_family(find_heads, HeadTarget)
@@ -21,18 +22,19 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
 
     Raises:
         ProbeError: The model does not run on ``inputs``.
-        ValueError: The config's ranks do not fit the model.
+        ValueError: The config's ranks do not fit the model, or a name or pattern of it matches nothing.
     """
     return plan_with_evidence(model, config, inputs)[0]
 
 
 def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> tuple[Plan, Evidence]:
     """``plan``, and what it was proven by."""
-    candidates = [Candidate.of(found, family) for family in FAMILIES.values() for found in family.finder(model, config)]
+    found = [Candidate.of(offered, family) for family in FAMILIES.values() for offered in family.finder(model, config)]
+    candidates, skipped = selected(found, config)
     options = [option for candidate in candidates for option in candidate.options]
     leaves = {path.rpartition(".")[0] for option in options for path in option.parameters()}
     evidence = Evidence(model, inputs, {option.name for option in options}, leaves)
-    targets, skipped = [], []
+    targets = []
     for candidate in candidates:
         target, reason = _chosen(candidate, evidence)
         if target is None:

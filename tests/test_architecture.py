@@ -14,10 +14,10 @@ FLOORS = [
     {"factorization", "calls"},
     {"proof", "sharding"},
     {"plan"},
-    {"initialization", "calibration", "saving", "heads", "ties"},
+    {"initialization", "calibration", "saving", "selection", "heads", "ties"},
     {"planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure"},
     {"loading", "rules"},
-    {"training_arguments", "warm_start", "trainer", "overview", "cli"},
+    {"training_arguments", "warm_start", "loss", "trainer", "overview", "cli"},
     {""},  # the package itself: its public names
     {"tasks"},
 ]

@@ -51,7 +51,7 @@ def compact_attributes(
     padded = copy.deepcopy(stage.root())
     narrow(padded, None)
     reference = stage.run(_inner(padded, stage))
-    for attributes in _narrow_attributes(stage.root().get_submodule(owner), heads, rank):
+    for attributes in narrow_attributes(stage.root().get_submodule(owner), heads, rank):
         root = copy.deepcopy(stage.root())
         narrow(root, attributes)
         try:
@@ -88,11 +88,15 @@ def _moved(output: torch.Tensor, reference: torch.Tensor) -> bool:
     return bool((output - reference).norm() > MOVED * reference.norm())
 
 
-def _narrow_attributes(module: nn.Module, heads: HeadSlice, rank: int) -> Iterator[dict[str, int]]:
-    """Attribute values of an attention module that may say its narrower heads, the fewest first."""
+def narrow_attributes(module: nn.Module, heads: HeadSlice, rank: int) -> Iterator[dict[str, int]]:
+    """Attribute values of an attention module that may say its narrower heads, the fewest first.
+
+    What is called a width and has the value of one is always told: without it, a module would read two narrow heads as
+    a wide one, and a stored plan that lost an attribute could not be told from a sound one.
+    """
     width, count = heads.width, heads.size
     numbers = {name: value for name, value in vars(module).items() if type(value) is int}
     of_head = {name: rank for name, value in numbers.items() if value == width and re.search("dim|size|d_kv", name)}
     of_all = {name: count * rank for name, value in numbers.items() if value == width * count}
     usual = {name: value for name, value in of_all.items() if name in ("all_head_size", "inner_dim", "split_size")}
-    yield from ({}, of_head, of_head | usual, of_head | of_all)
+    yield from (of_head, of_head | usual, of_head | of_all)
