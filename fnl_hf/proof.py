@@ -9,10 +9,8 @@ received or could receive, so that rounding, zero weights and short inputs hide 
 holds for its equals. `verify_all` changes every product of the whole model at once.
 """
 
-import copy
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,43 +27,14 @@ from .calls import (
     outputs_of,
     record_examples,
     rotations_of,
-    tensors_in,
 )
 from .factorization import Factorization
+from .replay import MOVED, REFUTED, UNREACHED, Found, Stage, Verdict, distance, fingerprint, new_basis
 
-TOLERANCE = 5e-5  # of the change that the one-sided controls make; wrong layouts have shown 1.4e-4 and more
-MOVED = 1e-6  # relative change of the output from which on a control has moved it
-REFUTED = 1e-2  # relative change under which a two-sided change may still be exact
 REACH = 3  # how far above a product's owner the module may be that is replayed
-UNREACHED = "these inputs do not reach it: pass verify=example inputs that do"
 # What a forward of the whole model loses by rounding, as a share of what the control changes
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 COARSE_ROUNDING = 0.1  # in half precision
-
-Found = Callable[[nn.Module], Factorization]  # a product in a model that has the names of the one at hand
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a proof found: relative changes of the output under the two-sided and the one-sided change of basis."""
-
-    name: str
-    kind: str
-    change: float | None
-    control: float | None
-    reason: str | None = None
-    tolerance: float = TOLERANCE
-
-    @property
-    def exact(self) -> bool:
-        """True if the output stays and the control moves it."""
-        return self.reason is None and self.change < self.tolerance * self.control
-
-    def __str__(self) -> str:
-        if self.reason:
-            return f"{self.name} {self.kind}: not probed, {self.reason}"
-        word = "exact" if self.exact else "NOT EXACT"
-        return f"{self.name} {self.kind}: {word} (changes by {self.change:.1e}, one-sided by {self.control:.1e})"
 
 
 @dataclass(frozen=True)
@@ -83,61 +52,7 @@ class Verification:
     __repr__ = __str__
 
 
-# -- one module by itself ----------------------------------------------------------------------------
-
-
-class Stage:
-    """A float64 copy of one module, alone, with random weights, and a call of it.
-
-    In float32 where the module insists on that.
-
-    Raises:
-        Exception: The module does not run on the call, or gives what is not finite.
-    """
-
-    def __init__(self, name: str, module: nn.Module, call: Call):
-        self.name = name
-        for dtype in (torch.float64, torch.float32):
-            self.module, self.call = _random_copy(module, dtype), call.to(dtype)
-            try:
-                self.output = self.run(self.module)
-            except Exception:
-                if dtype is torch.float32:
-                    raise
-                continue
-            if self.output.isfinite().all():
-                return
-        raise ProbeError(f"{type(module).__name__} gives values that are not finite")
-
-    def run(self, module: nn.Module) -> Tensor:
-        """What a module of the same names returns for the call."""
-        call = copy.deepcopy(self.call)  # some modules write into their arguments
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return next(tensors_in(module(*call.args, **call.kwargs)))
-
-    def root(self, module: nn.Module | None = None) -> nn.Module:
-        """A model that holds nothing but the copy (or ``module``), under the name that it has in the whole one."""
-        module = self.module if module is None else module
-        for step in reversed(self.name.split(".") if self.name else []):
-            parent = nn.Module()
-            parent.add_module(step, module)
-            module = parent
-        return module
-
-    def moved(self, product: Factorization, sides: Sequence[str]) -> float:
-        """The relative change of the output when these sides of a product get a new basis."""
-        with _new_basis([product], sides):
-            return _distance(self.run(self.module), self.output)
-
-    def verdict(self, name: str, kind: str, found: Found) -> Verdict:
-        """Probe one product, which lies in this module."""
-        product = found(self.root())
-        change = self.moved(product, ("left", "right"))
-        if change > REFUTED:  # a refutation whatever the controls say, which cost a replay each
-            return Verdict(name, kind, change, 1.0)
-        control = min(self.moved(product, (side,)) for side in ("left", "right"))
-        return Verdict(name, kind, change, control, None if control > MOVED else UNREACHED)
+# -- modules by themselves ---------------------------------------------------------------------------
 
 
 class Evidence:
@@ -320,8 +235,8 @@ def prove(evidence: Evidence, products: Sequence[Factorization]) -> Verification
     reached = [product for product, there in zip(products, is_reached, strict=True) if there]
 
     def moved(some: Sequence[Factorization], sides: Sequence[str]) -> float:
-        with _new_basis(some, sides):
-            return max(map(_distance, outputs_of(model, recording.inputs), recording.output), default=0.0)
+        with new_basis(some, sides):
+            return max(map(distance, outputs_of(model, recording.inputs), recording.output), default=0.0)
 
     change, control = (moved(reached, ("left", "right")), moved(reached, ("left",))) if reached else (0.0, 0.0)
     verdicts = []
@@ -350,51 +265,7 @@ def _is_called(evidence: Evidence, product: Factorization) -> bool:
     return product.name.rpartition(".")[0] in calls or bool(holders(evidence.model, [product]) & calls.keys())
 
 
-@dataclass
-class _new_basis:  # noqa: N801
-    """Within, these sides of products have a random new basis; then their old factors, bit for bit."""
-
-    products: Sequence[Factorization]
-    sides: Sequence[str]
-    originals: list[list[Tensor]] = field(default_factory=list)
-
-    def __enter__(self):
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            self.originals = [[tensor.clone() for tensor in product.augmented()] for product in self.products]
-            for product, original in zip(self.products, self.originals, strict=True):
-                product.write(product.form.change_basis(original, generator, self.sides))
-
-    def __exit__(self, *error):
-        for product, original in zip(self.products, self.originals, strict=True):
-            product.write(original)
-
-
 # ----------------------------------------------------------------------------------------------------
-
-_LAYER_NUMBER = re.compile(r"(^|_)(layer|block)_?(idx|id|index|num|number)$|^idx$")
-
-
-def fingerprint(module: nn.Module) -> tuple:
-    """What the modules of one class may differ in but for the values of their weights.
-
-    The classes below it, their plain attributes but the number of the layer, the shapes of parameters and which of
-    them are one, the config.
-    """
-    first: dict[int, int] = {}
-    parameters = tuple(
-        (name, tuple(parameter.shape), first.setdefault(id(parameter), i))
-        for i, (name, parameter) in enumerate(module.named_parameters(remove_duplicate=False))
-    )
-    parts = []
-    for name, part in module.named_modules():
-        plain = [
-            (key, repr(value))
-            for key, value in vars(part).items()
-            if key != "training" and not _LAYER_NUMBER.search(key) and _is_plain(value)
-        ]
-        parts.append((name, type(part), tuple(sorted(plain)), id(getattr(part, "config", None))))
-    return parameters, tuple(parts)
 
 
 def widths_of(product: Factorization) -> tuple[int, int]:
@@ -407,36 +278,6 @@ def _declared_at(name: str, model: nn.Module) -> Factorization:
     parent, _, child = name.rpartition(".")
     parent = model.get_submodule(parent)
     return getattr(parent, child).factorization(name, parent)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return len(value) <= 16 and all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None), torch.dtype))
-
-
-def _random_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in evaluation mode whose weights are drawn so that every part of it matters."""
-    module = copy.deepcopy(module).to(dtype).requires_grad_(False).eval()
-    generator = torch.Generator().manual_seed(0)
-    for part in module.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
-    for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        noise = torch.randn(parameter.shape, generator=generator, dtype=dtype).to(parameter.device)
-        if parameter.dim() >= 2:
-            parameter.data = noise * (parameter.shape[0] / parameter.numel()) ** 0.5  # features of variance one
-        else:
-            parameter.data = noise / 4 + (1.0 if name.endswith("weight") else 0.0)  # norms around one
-    return module
-
-
-def _distance(output: Tensor, reference: Tensor) -> float:
-    if output.shape != reference.shape:  # of a model that decides itself how long its output is
-        return float("inf")
-    return ((output - reference).norm() / reference.norm().clamp_min(1e-300)).item()
 
 
 def _lineage(name: str) -> list[str]:

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "fnl_hf"
 FLOORS = [
     {"algebra", "config", "messages"},
     {"factorization", "calls"},
-    {"proof", "sharding"},
+    {"replay", "sharding"},
+    {"proof"},
     {"plan"},
     {"initialization", "calibration", "saving", "selection", "heads", "ties"},
     {"planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure"},

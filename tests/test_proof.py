@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.checking import kept_on_error
-from fnl_hf.proof import Evidence, fingerprint
+from fnl_hf.proof import Evidence
+from fnl_hf.replay import fingerprint
 from scripts.coverage import build as build_type
 from scripts.coverage import outputs
 from tests.families import BERT, TEXT, build, output
@@ -251,9 +252,9 @@ def test_compact_heads_run_and_give_what_padded_ones_give(family):
 
 def test_equal_layers_are_proven_once_and_different_ones_apart(monkeypatch):
     model, stages = llama(num_hidden_layers=6), []
-    real = fnl_hf.proof.Stage.__init__
+    real = fnl_hf.replay.Stage.__init__
     monkeypatch.setattr(
-        fnl_hf.proof.Stage, "__init__", lambda self, name, *rest: (stages.append(name), real(self, name, *rest))[1]
+        fnl_hf.replay.Stage, "__init__", lambda self, name, *rest: (stages.append(name), real(self, name, *rest))[1]
     )
     fnl_hf.factorize(model)
     assert len(fnl_hf.factorizations(model)) == 12 and len(stages) == 1

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..factorization import FactorLeaf, declared, swap
-from ..proof import MOVED, UNREACHED, Stage
+from ..replay import MOVED, UNREACHED, Stage
 from .slices import HeadSlice
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the output's norm, between equal modules

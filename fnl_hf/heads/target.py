@@ -12,7 +12,8 @@ from torch import nn
 from ..config import FNLConfig
 from ..factorization import Factorization, swap
 from ..plan import Activation, Renaming, Target
-from ..proof import Evidence, Stage
+from ..proof import Evidence
+from ..replay import Stage
 from .compact import compact_attributes, narrows_as_expected
 from .leaf import HeadLinear, HeadPadding, can_be_narrowed
 from .product import HeadProduct

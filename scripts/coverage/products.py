@@ -9,7 +9,8 @@ from torch import nn
 import fnl_hf
 from fnl_hf.heads import find_attention
 from fnl_hf.planning import plan
-from fnl_hf.proof import UNREACHED, Evidence, prove
+from fnl_hf.proof import Evidence, prove
+from fnl_hf.replay import UNREACHED
 
 
 def attention_names(model: nn.Module) -> list[str]:
