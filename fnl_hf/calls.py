@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 POSITIONS = 6  # of made-up sequences; 7 of what they attend to
+GRID = 8  # rows and columns of a made-up map of features
 SIDE = 16  # of made-up images: an attention that reduces its keys by 8 keeps four of them
 
 
@@ -99,12 +100,12 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module returned, the main one first."""
+    """The floating-point tensors in what a module returned, the main one first; caches of keys are no output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
-        yield from tensors_in(tuple(output.values()))
+        yield from tensors_in(tuple(value for name, value in output.items() if not re.search("past|cache", str(name))))
     elif isinstance(output, (tuple, list)):
         for item in output:
             yield from tensors_in(item)
@@ -181,6 +182,7 @@ _CONTEXT = re.compile(
     r"key_states|value_states|ctx_tensor|current_states|source|inputs_kv)$"
 )
 _ROTARY = re.compile(r"position_embeddings?|rotary|rope|freqs|cos$|sin$")
+_ADDED = re.compile(r"object_queries|spatial_position_embeddings|query_pos\w*|pos_embed\w*")
 _MASK = re.compile("mask|length|seqlens")
 
 
@@ -248,17 +250,19 @@ def made_up(
     required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
     length = SIDE * SIDE if "height" in parameters else POSITIONS
 
-    def noise(positions, width, flat=False):
-        shape = (positions, width) if flat else (1, positions, width)
+    def noise(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def call(attends: bool, rotation: tuple[Tensor, ...] | None) -> Call:
-        values, flat = {}, "cu_seqlens" in parameters
+    def call(attends: bool, rotation: tuple[Tensor, ...] | None, lead: tuple[int, ...]) -> Call:
+        values, flat = {}, len(lead) == 1
+        longer = (*lead[:-1], lead[-1] + 1)  # what is attended to, where nothing makes it as long
         for name in parameters:
             if _CONTEXT.fullmatch(name) and (attends or name in required):
-                values[name] = noise(length if name in required else length + 1, widths[1], flat)
+                values[name] = noise(*(lead if name in required else longer), widths[1])
             elif _HIDDEN.fullmatch(name) and (name in required or not values):
-                values[name] = noise(length, widths[0], flat)
+                values[name] = noise(*lead, widths[0])
+            elif _ADDED.fullmatch(name) and attends:
+                values[name] = noise(*(longer if "spatial" in name else lead), widths[0])
             elif _ROTARY.search(name) and rotation is not None:
                 values[name] = _rotation_as(name, rotation, flat)
             elif name in ("height", "width", "h", "w"):
@@ -277,9 +281,12 @@ def made_up(
                 values[name] = None
         return Call(kwargs=values)
 
+    sequence = (length,) if "cu_seqlens" in parameters else (1, length)
+    optional = any(_CONTEXT.fullmatch(name) or _ADDED.fullmatch(name) for name in parameters)
     for rotation in (*rotations, None) if any(map(_ROTARY.search, parameters)) else (None,):
-        for attends in (False, True) if any(map(_CONTEXT.fullmatch, parameters)) else (False,):
-            yield call(attends, rotation)
+        for attends in (False, True) if optional else (False,):
+            yield call(attends, rotation, sequence)
+    yield call(False, None, (1, GRID, GRID))
 
 
 def a_rotation(width: int, length: int = POSITIONS) -> tuple[Tensor, Tensor]:
@@ -289,25 +296,49 @@ def a_rotation(width: int, length: int = POSITIONS) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rotations_of(model: nn.Module, length: int = POSITIONS) -> list[tuple[Tensor, ...]]:
-    """What the rotary modules of a model give at the first positions, in float64; each kind once."""
-    found = {}
-    for module in model.modules():
-        if not re.search("Rotary|RoPE", type(module).__name__):
+def rotations_for(model: nn.Module, owner: str, width: int, length: int = POSITIONS) -> list[tuple[Tensor, ...]]:
+    """(cos, sin) at the first positions, in float64, of the rotary modules nearest to an attention module.
+
+    A model may have several towers, each with a rotation of its own. None where the nearest ones differ in how much of
+    a head they turn. Of those that cannot be called like this, the usual rotation stands in if they have the frequencies
+    of whole heads, ``width`` wide, along one axis or two.
+    """
+    near, found = _nearest(model, owner), []
+    for module in near:
+        found += _rotations(module, length)
+    if len({values[0].shape[-1] for values in found}) > 1:
+        return []
+    frequencies = {module.inv_freq.numel() for module in near if isinstance(getattr(module, "inv_freq", None), Tensor)}
+    if not found and frequencies & {width // 2, width // 4}:
+        found.append(a_rotation(width, length))
+    return found
+
+
+def _nearest(model: nn.Module, owner: str) -> list[nn.Module]:
+    """The rotary modules that share the longest part of their names with ``owner``."""
+    steps, depths = owner.split("."), {}
+    for name, module in model.named_modules():
+        if re.search("Rotary|RoPE", type(module).__name__):
+            pairs = zip(name.split("."), steps, strict=False)
+            depths[module] = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(steps), name.count(".") + 1))
+    return [module for module, depth in depths.items() if depth == max(depths.values())]
+
+
+def _rotations(module: nn.Module, length: int) -> list[tuple[Tensor, ...]]:
+    """What a rotary module gives for (hidden states, positions), each kind once; [] where it is called otherwise."""
+    parameters, found = inspect.signature(module.forward).parameters, {}
+    kinds = sorted(set(getattr(getattr(module, "config", None), "layer_types", None) or ()))
+    for options in [{"layer_type": kind} for kind in kinds] if "layer_type" in parameters else [{}]:
+        try:
+            with torch.no_grad():
+                buffer = next(iter([*module.buffers(), *module.parameters()]))
+                x = torch.zeros(1, length, 1, dtype=torch.float64, device=buffer.device)
+                positions = torch.arange(length, device=buffer.device)[None]
+                values = tuple(value.double() for value in module(x, positions, **options))
+        except Exception:  # rotary modules of other signatures: recorded calls serve those
             continue
-        parameters = inspect.signature(module.forward).parameters
-        kinds = sorted(set(getattr(getattr(module, "config", None), "layer_types", None) or ()))
-        for options in [{"layer_type": kind} for kind in kinds] if "layer_type" in parameters else [{}]:
-            try:
-                with torch.no_grad():
-                    buffer = next(iter([*module.buffers(), *module.parameters()]))
-                    x = torch.zeros(1, length, 1, dtype=torch.float64, device=buffer.device)
-                    positions = torch.arange(length, device=buffer.device)[None]
-                    values = tuple(value.double() for value in module(x, positions, **options))
-            except Exception:  # rotary modules of other signatures: recorded calls serve those
-                continue
-            if all(isinstance(value, Tensor) and value.dim() == 3 for value in values):
-                found.setdefault(tuple(value.shape for value in values) + tuple(map(str, options.values())), values)
+        if all(isinstance(value, Tensor) and value.dim() == 3 for value in values):
+            found.setdefault(str(options), values)
     return list(found.values())
 
 

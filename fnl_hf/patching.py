@@ -1,6 +1,7 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from .initialization import initial_factors
 from .messages import say
 from .plan import Plan, attach, detach, headline
 from .planning import nothing_found, plan_with_evidence
-from .proof import Evidence, Verification, holders, prove
+from .proof import Evidence, Verification, declared_at, holders, prove
 from .saving import forget_plans, own_configs, save_under_any_names, save_under_own_names
 
 
@@ -118,10 +119,9 @@ def verify(model: nn.Module, **example_inputs) -> Verification:
     products = list(declared(model))
     if not products:
         planned, evidence = plan_with_evidence(model, FNLConfig(), example_inputs)
-        products = [target.found(model) for target in planned.targets]
-        return prove(evidence, [product for product in products if not product.lone])
-    names, leaves = {product.name for product in products}, holders(model, products)
-    return prove(Evidence(model, example_inputs, names, leaves), products)
+        return prove(evidence, [target.found for target in planned.targets if not target.found(model).lone])
+    names, leaves = [product.name for product in products], holders(model, products)
+    return prove(Evidence(model, example_inputs, names, leaves), [partial(declared_at, name) for name in names])
 
 
 def to_dense(model: nn.Module) -> nn.Module:
