@@ -300,8 +300,8 @@ def rotations_for(model: nn.Module, owner: str, width: int, length: int = POSITI
     """(cos, sin) at the first positions, in float64, of the rotary modules nearest to an attention module.
 
     A model may have several towers, each with a rotation of its own. None where the nearest ones differ in how much of
-    a head they turn. Of those that cannot be called like this, the usual rotation stands in if they have the frequencies
-    of whole heads, ``width`` wide, along one axis or two.
+    a head they turn. For those that cannot be called like this, the usual rotation stands in if they have the
+    frequencies of whole heads, ``width`` wide, along one axis or two.
     """
     near, found = _nearest(model, owner), []
     for module in near:
