@@ -106,6 +106,7 @@ def _factorize(options: argparse.Namespace) -> None:
         head_rank=options.head_rank,
         head_layout=options.head_layout,
         rank_pattern=options.rank_pattern,
+        exclude_modules=_exclusion(options.exclude_modules),
         init=options.init,
     )
     _refuse_existing(options.out)
@@ -160,13 +161,20 @@ def _load(directory: Path) -> transformers.PreTrainedModel:
         raise ValueError(f"{directory} holds no config.json: give the directory of a saved model") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
-    names = config.get("architectures") or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    if model_class is None:
+    names = config.get("architectures") if isinstance(config, dict) else None
+    named = isinstance(names, list) and names and isinstance(names[0], str)
+    model_class = getattr(transformers, names[0], None) if named else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
-            f"{directory / 'config.json'} has architectures {names}, expected the name of a class of transformers"
+            f"{directory / 'config.json'} has architectures {names!r}, expected the name of a model class of "
+            "transformers"
         )
-    return model_class.from_pretrained(directory, dtype="auto", local_files_only=True)
+    try:
+        return model_class.from_pretrained(directory, dtype="auto", local_files_only=True)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError):
+        raise
+    except Exception as error:  # transformers checks few of the values in a config.json
+        raise ValueError(f"{directory} does not load as {names[0]}: {type(error).__name__}: {error}") from error
 
 
 def _refuse_existing(out: Path) -> None:
@@ -214,8 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "factorize", _factorize, "make the head products of a dense checkpoint explicit")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
     command.add_argument(
-        "--attention", nargs="+", choices=ATTENTION_KINDS, default=ATTENTION_KINDS, help="products (default: both)"
-    )
+        "--attention", nargs="+", default=ATTENTION_KINDS, metavar="KIND",
+        help="products: qk, ov (default: both), or only some by the ends of their names, as in layer.0.attention.ov",
+    )  # fmt: skip
     command.add_argument(
         "--head_rank", type=_rank, default=1.0, metavar="RANK",
         help="rank per head: 0.5 is half of head_dim, 8 is eight, 1 is rank one, 1.0 is full rank (default)",
@@ -226,7 +235,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--init", default="spectral", choices=INITIALIZATIONS, help="initialisation of the factors")
     command.add_argument(
         "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",
-        help="""ranks by regular expression on names of attention modules, such as '{"layer.0.attention.self": 4}'""",
+        help="""ranks by regular expression on names of products or attention modules, the first match counts:
+        '{"layer.0.attention.self": 4}' or '[["layer.0.attention.ov", 4], [".*ov", 0.5]]'""",
+    )  # fmt: skip
+    command.add_argument(
+        "--exclude_modules", nargs="+", metavar="NAME",
+        help="""what stays as it is: names of modules or products, or their ends (layer.0.attention), or one regular
+        expression, such as 'decoder\\..*'""",
     )  # fmt: skip
 
     command = _command(commands, "to-dense", _to_dense, "make an ordinary checkpoint of the same function")
@@ -255,14 +270,19 @@ def _rank(text: str) -> float | int:
     return value
 
 
-def _rank_pattern(text: str) -> dict:
+def _rank_pattern(text: str) -> dict | list:
     try:
         pattern = json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(pattern, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an object of regular expression -> rank")
+    if not isinstance(pattern, (dict, list)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no object of regular expression -> rank, and no list of pairs")
     return pattern
+
+
+def _exclusion(names: list[str] | None) -> None | str | list[str]:
+    """A list of names; one that could be none, having other characters than names have, is a regular expression."""
+    return names[0] if names and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]) else names
 
 
 if __name__ == "__main__":

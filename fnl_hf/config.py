@@ -1,7 +1,9 @@
 """`FNLConfig`: what to factorize, at which rank, how to initialise. Stored in a model's config.json."""
 
+import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,20 +15,30 @@ INITIALIZATIONS = ("spectral", "default")  # the functions are in `initializatio
 CALIBRATED = frozenset()  # those of them that look at data
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class FNLConfig(QuantizationConfigMixin):
-    """Configuration of [`factorize`], and the `quantization_config` of a factorized checkpoint.
+    r"""Configuration of [`factorize`], and the `quantization_config` of a factorized checkpoint.
+
+    Two configs are equal if they ask for the same: `head_rank=1` (rank one) and `1.0` (full rank) differ, the order of
+    `attention` and of a list in `exclude_modules` does not count, that of `rank_pattern` does.
 
     Args:
-        attention: Head products that become factorizations: any of "qk" and "ov"; `()` for none.
+        attention: Head products that become factorizations: any of "qk" and "ov"; `()` for none. To include only some
+            by name, give the ends of their printed names instead, from a dot on, as in
+            `("layer.0.attention.self.qk", "ov")`: "qk" is the end of every Q/K product's name. To include what lies
+            below a module, exclude the rest: `exclude_modules=r"(?!encoder\.layer\.[01]\.).*"`.
         head_rank: Per-head rank: a float in (0, 1] is `int(head_rank * head_dim)`, at least 1; an int is the rank
             itself (1 is rank one, 1.0 is full rank).
         head_layout: "padded": factors of rank r that present the old width to the rest of the model. "compact": heads
             that are really narrower, attention and key-value cache included, where a replay of the attention module
             proves that the outputs are the same (both products of one rank, no rotation); padded elsewhere.
-        target_modules, exclude_modules, rank, target_ratio: Low-rank layers; not built yet.
-        rank_pattern: Regular expression -> rank. The first pattern that matches the end of an attention module's
-            name replaces `head_rank` there.
+        exclude_modules: What stays as it is, and appears among the skipped. A list holds names: of modules (and what
+            is inside them) or of products, whole or from one of their dots on. A string is a regular expression, to
+            match the whole of a product's printed name or of its attention module's.
+        rank_pattern: Ranks that replace `head_rank`, as a dict or as (regular expression, rank) pairs: the first one
+            that matches counts. It matches a product's printed name ("encoder.layer.0.attention.self.qk"), or that of
+            its attention module, from the start or from one of the dots on, and to the end.
+        target_modules, rank, target_ratio: Low-rank layers; not built yet.
         init: "spectral": balanced factors of each product (the best ones of lower rank). "default": the factors that
             the model has; at lower rank the leading rows of each head.
         plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
@@ -45,7 +57,7 @@ class FNLConfig(QuantizationConfigMixin):
     target_modules: None | str | list[str] = None
     exclude_modules: None | str | list[str] = None
     rank: float | int = 1.0
-    rank_pattern: dict[str, float | int] = field(default_factory=dict)
+    rank_pattern: Mapping[str, float | int] | Iterable[tuple[str, float | int]] = field(default_factory=dict)
     target_ratio: float | None = None
     init: str = "spectral"
     plan: dict[str, Any] | None = None
@@ -54,36 +66,41 @@ class FNLConfig(QuantizationConfigMixin):
     def __post_init__(self):
         if self.quant_method != "fnl":
             raise ValueError(f"quant_method is {self.quant_method!r}, expected 'fnl'")
-        self.attention = (self.attention,) if isinstance(self.attention, str) else tuple(self.attention or ())
-        for kind in self.attention:
-            if kind not in ATTENTION_KINDS:
-                raise ValueError(f"attention names an unknown kind {kind!r}, expected any of {ATTENTION_KINDS} or ()")
+        self.attention = _attention(self.attention)
         if self.init not in INITIALIZATIONS:
             raise ValueError(f"init is {self.init!r}, expected one of {INITIALIZATIONS}")
         _check_head_rank("head_rank", self.head_rank)
-        if not isinstance(self.rank_pattern, dict):
-            raise TypeError(f"rank_pattern is {self.rank_pattern!r}, expected a dict of regular expression -> rank")
-        for pattern, rank in self.rank_pattern.items():
-            _check_head_rank(f"rank_pattern[{pattern!r}]", rank)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"rank_pattern has {pattern!r}, not a regular expression: {error}") from None
+        self.rank_pattern = _rank_pattern(self.rank_pattern)
+        self.exclude_modules = _exclude_modules(self.exclude_modules)
         if self.head_layout not in ("padded", "compact"):
             raise ValueError(f"head_layout is {self.head_layout!r}, expected 'padded' or 'compact'")
-        for name, unset in (("target_modules", None), ("exclude_modules", None), ("rank", 1.0), ("target_ratio", None)):
-            if getattr(self, name) != unset:
+        for name, unset in (("target_modules", None), ("rank", 1.0), ("target_ratio", None)):
+            value = getattr(self, name)
+            if type(value) is not type(unset) or value != unset:  # rank=1 is rank one
                 raise NotImplementedError(f"{name}: low-rank layers are not built yet; leave it at {unset!r}")
         _check_format_version(self.format_version)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FNLConfig) and self._canonical() == other._canonical()
+
+    def _canonical(self) -> str:
+        """As JSON, in which 1 and 1.0 differ and a tuple is a list."""
+        stored = self.to_dict()
+        return json.dumps({f.name: stored[f.name] for f in fields(self)}, sort_keys=True, default=repr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data. Transformers sorts the keys of what it writes, so `rank_pattern` is a list of pairs."""
+        return super().to_dict() | {"rank_pattern": [[pattern, rank] for pattern, rank in self.rank_pattern.items()]}
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """A config from JSON; a key that it does not know is an error that lists those it does."""
         known = {f.name for f in fields(cls)}
         _check_format_version(config_dict.get("format_version", FORMAT_VERSION))  # before: it explains unknown keys
-        if unknown := sorted(set(config_dict) - known):
+        if unknown := sorted(map(str, set(config_dict) - known)):
             raise ValueError(f"FNLConfig does not know {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-        return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        given = {name: kwargs.pop(name) for name in known & kwargs.keys()}
+        return super().from_dict({**config_dict, **given}, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config given to ``from_pretrained`` adds to the stored one: itself, for the quantizer to compare."""
@@ -93,21 +110,127 @@ class FNLConfig(QuantizationConfigMixin):
         """A field as from a dict, which ``from_pretrained(…, config=model.config)`` takes a stored config for."""
         return getattr(self, name, default)
 
-    def head_rank_of(self, name: str, head_dim: int) -> int:
-        """The rank asked for in the attention module ``name``, of heads ``head_dim`` wide; it may be above that."""
-        rank = next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, name)), self.head_rank)
+    # -- what it says about names -----------------------------------------------------------------------
+
+    def head_rank_of(self, names: Iterable[str], head_dim: int) -> int:
+        """The rank asked for in a product of heads ``head_dim`` wide; it may be above that.
+
+        Args:
+            names: the product's and its attention module's.
+        """
+        names = list(names)
+        ranks = (rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, names))
+        rank = next(ranks, self.head_rank)
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
+    def attention_kinds(self) -> tuple[str, ...]:
+        """Which kinds of products are asked for, in all of a model or in some places."""
+        return tuple(kind for kind in ATTENTION_KINDS if any(_kind(name) == kind for name in self.attention))
 
-def _matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for ``rank_pattern``: the pattern matches the whole name or what follows one of its dots."""
-    return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
+    def attention_names(self) -> tuple[str, ...]:
+        """The entries of ``attention`` that are ends of names, rather than kinds."""
+        return tuple(name for name in self.attention if name not in ATTENTION_KINDS)
+
+    def exclusions(self) -> tuple[str, ...]:
+        """The entries of ``exclude_modules``: one if it is a regular expression."""
+        given = self.exclude_modules
+        return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+    def excludes(self, entry: str, names: Iterable[str]) -> bool:
+        """Whether an entry of ``exclude_modules`` means what has one of these names."""
+        if isinstance(self.exclude_modules, str):
+            return any(re.fullmatch(entry, name) for name in names)
+        return any(ends_with(end, entry) for name in names for end in _and_above(name))
+
+
+def ends_with(name: str, end: str) -> bool:
+    """PEFT's rule for lists of names: the whole name, or what follows one of its dots."""
+    return name == end or name.endswith(f".{end}")
+
+
+def matches_end(pattern: str, names: Iterable[str]) -> bool:
+    """PEFT's rule for ``rank_pattern``: the pattern matches a whole name, or all that follows one of its dots.
+
+    The expression is used as it was checked: composed into a larger one, ``(?i)`` and the like would be errors.
+    """
+    expression = re.compile(pattern)
+    return any(
+        expression.fullmatch(name, start)
+        for name in names
+        for start in (0, *(m.end() for m in re.finditer(r"\.", name)))
+    )
+
+
+def _and_above(name: str) -> Iterable[str]:
+    """A name, and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+# -- checks ------------------------------------------------------------------------------------------
+
+
+def _kind(entry: str) -> str:
+    """The kind of product that an entry of ``attention`` is about: its last part."""
+    return entry.rpartition(".")[2]
+
+
+def _attention(given: Any) -> tuple[str, ...]:
+    """In one order and without repetition: an order means nothing here."""
+    entries = (given,) if isinstance(given, str) else () if given is None else given
+    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
+        raise TypeError(f"attention is {given!r}, expected any of {ATTENTION_KINDS} or ()")
+    entries = list(entries)
+    for entry in entries:
+        if not isinstance(entry, str) or _kind(entry) not in ATTENTION_KINDS or entry.startswith("."):
+            raise ValueError(
+                f"attention names an unknown kind {entry!r}, expected any of {ATTENTION_KINDS}, ends of the names of "
+                f"such products, or ()"
+            )
+    kinds = [kind for kind in ATTENTION_KINDS if kind in entries]
+    # What a kind covers is covered.
+    return (*kinds, *sorted({entry for entry in entries if _kind(entry) not in kinds}))
+
+
+def _rank_pattern(given: Any) -> dict[str, float | int]:
+    pairs = list(given.items()) if isinstance(given, Mapping) else given
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
+        raise TypeError(f"rank_pattern is {given!r}, expected a dict of regular expression -> rank, or such pairs")
+    patterns: dict[str, float | int] = {}
+    for pattern, rank in pairs:
+        _check_head_rank(f"rank_pattern[{pattern!r}]", rank)
+        _check_expression("rank_pattern", pattern)
+        if pattern in patterns:
+            raise ValueError(f"rank_pattern has {pattern!r} twice, and only the first would count")
+        patterns[pattern] = rank
+    return patterns
+
+
+def _exclude_modules(given: Any) -> None | str | list[str]:
+    if isinstance(given, str):
+        _check_expression("exclude_modules", given)
+        return given
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in given):
+        raise TypeError(f"exclude_modules is {given!r}, expected a regular expression, or a list of names")
+    return sorted(set(given)) or None
+
+
+def _check_expression(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{field_name} has {pattern!r}, not a regular expression: {error}") from None
 
 
 def _check_format_version(version: int) -> None:
-    if type(version) is not int or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"the checkpoint's factorization has format_version {version}, this fnl_hf reads up to {FORMAT_VERSION}: "
+            f"the checkpoint's factorization has format_version {version!r}, this fnl_hf reads up to {FORMAT_VERSION}: "
             f"upgrade fnl_hf"
         )
 

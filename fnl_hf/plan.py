@@ -186,27 +186,49 @@ class Plan:
         where = f"quantization_config.plan.{key}"
         if not isinstance(data.get(key), list):
             raise ValueError(f"quantization_config.plan in config.json holds no list of targets: {RESTORE}")
-        targets = []
-        for i, entry in enumerate(data[key]):
-            try:
-                values = dict(entry)
-                tag = family or values.pop("family")
-                target = FAMILIES[tag].target.from_dict(values) if tag in FAMILIES else None
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{where}[{i}] cannot be read ({error!r}): {RESTORE}") from None
-            if target is None:
-                raise ValueError(
-                    f"{where}[{i}] is of the family {tag!r}, and registered are {', '.join(FAMILIES)}: import the "
-                    "package that registers it (fnl_hf.register_family) before loading"
-                )
-            if flaw := target.flaw():
-                raise ValueError(f"{where}[{i}] ({target.name}): {flaw}; {RESTORE}")
-            targets.append(target)
-        try:
-            skipped = tuple(Skip(**skip) for skip in data.get("skipped", []))
-        except TypeError as error:
-            raise ValueError(f"quantization_config.plan.skipped cannot be read ({error}): {RESTORE}") from None
-        return cls(tuple(targets), skipped)
+        targets = tuple(_read(f"{where}[{i}]", entry, family) for i, entry in enumerate(data[key]))
+        names = [target.name for target in targets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{where} holds {_line(twice[0])} twice: {RESTORE}")
+        skipped = data.get("skipped", [])
+        whole = isinstance(skipped, list) and all(
+            isinstance(skip, dict) and skip.keys() == {"name", "kind", "reason"} and all(map(_is_text, skip.values()))
+            for skip in skipped
+        )
+        if not whole:
+            raise ValueError(f"quantization_config.plan.skipped cannot be read ({_line(skipped)}): {RESTORE}")
+        return cls(targets, tuple(Skip(**skip) for skip in skipped))
+
+
+def _read(where: str, entry: Any, family: str | None) -> Target:
+    """One entry of a stored plan, checked by itself; ``where`` it is, in words for the user."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} cannot be read ({_line(entry)} is no target): {RESTORE}")
+    tag = family or entry.get("family")
+    name = f"{_line(entry['name'])}: " if _is_text(entry.get("name")) else ""
+    if isinstance(tag, str) and tag not in FAMILIES:
+        raise ValueError(
+            f"{where} is of the family {_line(repr(tag))}, and registered are {', '.join(FAMILIES)}: import the "
+            "package that registers it (fnl_hf.register_family) before loading"
+        )
+    try:
+        target = FAMILIES[tag].target.from_dict({key: entry[key] for key in entry if family or key != "family"})
+        flaw = target.flaw()
+    except Exception as error:  # whatever a family of any package raises at data of any shape
+        raise ValueError(f"{where} cannot be read ({name}{_line(error)}): {RESTORE}") from None
+    if flaw:
+        raise ValueError(f"{where} ({_line(target.name)}): {_line(flaw)}; {RESTORE}")
+    return target
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _line(value: Any) -> str:
+    """What a file holds, as a short part of one line."""
+    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def attach(model: nn.Module, config: FNLConfig, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from .config import FNLConfig
 from .heads import HeadTarget, find_heads
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence
+from .selection import selected
 
 register_family(find_heads, HeadTarget)
 
@@ -20,12 +21,13 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
 
     Raises:
         ProbeError: The model does not run on ``inputs``.
-        ValueError: The config's ranks do not fit the model.
+        ValueError: The config's ranks do not fit the model, or a name or pattern of it matches nothing.
     """
-    candidates = [Candidate.of(found) for family in FAMILIES.values() for found in family.finder(model, config)]
+    found = [Candidate.of(offered) for family in FAMILIES.values() for offered in family.finder(model, config)]
+    candidates, skipped = selected(found, config)
     owners = {option.name.rpartition(".")[0] for candidate in candidates for option in candidate.options}
     evidence = Evidence(model, inputs, owners)
-    targets, skipped = [], []
+    targets = []
     for candidate in candidates:
         target, reason = _chosen(candidate, evidence)
         if target is None:

@@ -14,7 +14,7 @@ FLOORS = [
     {"factorization"},
     {"proof", "saving", "sharding"},
     {"plan"},
-    {"initialization", "calibration", "heads"},
+    {"initialization", "calibration", "selection", "heads"},
     {"planning", "patching", "optimizer_state", "optim", "decay", "measure"},
     {"loading", "rules"},
     {"training_arguments", "warm_start", "trainer", "overview", "cli"},

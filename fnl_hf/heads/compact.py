@@ -37,7 +37,7 @@ def compact_attributes(
         padded = copy.deepcopy(dense)
         narrow(padded, None)
         reference = recording.replay(name, padded)
-        for attributes in _narrow_attributes(dense.get_submodule(owner), heads, rank):
+        for attributes in narrow_attributes(dense.get_submodule(owner), heads, rank):
             module = copy.deepcopy(dense)
             narrow(module, attributes)
             if _agrees(recording, name, module, reference):
@@ -56,11 +56,15 @@ def _agrees(recording: Recording, name: str, module: nn.Module, reference: Tenso
     return same_shape and bool((output - reference).norm() <= TOLERANCE * reference.norm())
 
 
-def _narrow_attributes(module: nn.Module, heads: HeadSlice, rank: int) -> Iterator[dict[str, int]]:
-    """Attribute values of an attention module that may say its narrower heads, the fewest first."""
+def narrow_attributes(module: nn.Module, heads: HeadSlice, rank: int) -> Iterator[dict[str, int]]:
+    """Attribute values of an attention module that may say its narrower heads, the fewest first.
+
+    What is called a width and has the value of one is always told: without it, a module would read two narrow heads as
+    a wide one, and a stored plan that lost an attribute could not be told from a sound one.
+    """
     width, count = heads.width, heads.size
     numbers = {name: value for name, value in vars(module).items() if type(value) is int}
     of_head = {name: rank for name, value in numbers.items() if value == width and re.search("dim|size|d_kv", name)}
     of_all = {name: count * rank for name, value in numbers.items() if value == width * count}
     usual = {name: value for name, value in of_all.items() if name in ("all_head_size", "inner_dim", "split_size")}
-    yield from ({}, of_head, of_head | usual, of_head | of_all)
+    yield from (of_head, of_head | usual, of_head | of_all)

@@ -48,17 +48,21 @@ class _Layout:
 
 
 def find_heads(model: nn.Module, config: FNLConfig) -> list[Candidate]:
-    """The finder of this family: the products of every attention site that the config asks for, with their ranks."""
+    """The finder of this family: the products of every attention site, of the kinds that the config asks for, with
+    their ranks."""
     return [
         Candidate(
             site.name,
             slot,
-            tuple(replace(option, rank=config.head_rank_of(site.name, option.rank)) for option in site.options[slot]),
+            tuple(
+                replace(option, rank=config.head_rank_of((option.name, site.name), option.rank))
+                for option in site.options[slot]
+            ),
             certain=slot in site.certain,
             doubt=site.doubts.get(slot, ""),
         )
         for site in (find_attention(model) if config.attention else ())
-        for slot in config.attention
+        for slot in config.attention_kinds()
         if site.options[slot] or slot in site.doubts
     ]
 
@@ -66,6 +70,12 @@ def find_heads(model: nn.Module, config: FNLConfig) -> list[Candidate]:
 def find_attention(model: nn.Module) -> list[Site]:
     """Every attention site of a model, in module order; shared modules once."""
     return [site for name, module in model.named_modules() if (site := _site(model, name, module))]
+
+
+def options_at(model: nn.Module, name: str) -> list[HeadTarget]:
+    """The products that the module of this name may hold; [] if it is no attention module."""
+    site = _site(model, name, model.get_submodule(name))
+    return [option for options in site.options.values() for option in options] if site else []
 
 
 def _site(model: nn.Module, name: str, module: nn.Module) -> Site | None:

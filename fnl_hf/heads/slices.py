@@ -66,6 +66,22 @@ class HeadSlice:
         dim = dim if dim < 0 else dim + 1
         return periods.narrow(dim, self.offset, features).unflatten(dim, (*self.heads, self.width))
 
+    def flaw(self, axis: str) -> str | None:
+        """What is wrong with it as read from JSON, where heads should be split along ``axis``."""
+        names = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        if not all(isinstance(name, str) and name.isprintable() for name in names):
+            return "weight and bias are names"
+        sizes = (*self.heads, self.width, self.repeats, self.width if self.bias_width is None else self.bias_width)
+        if not all(type(size) is int and size > 0 for size in sizes) or type(self.offset) is not int or self.offset < 0:
+            return "sizes are whole numbers"
+        if self.axis != axis:
+            return f"axis is {self.axis!r}, expected {axis!r}"
+        if type(self.transposed) is not bool:
+            return "transposed is true or false"
+        if self.bias_width is not None and (self.bias is None or self.bias_width != self.width):
+            return "a bias of its own is as wide as the heads"
+        return None
+
     @property
     def batch(self) -> tuple[int, ...]:
         """The batch dimensions of what it reads."""
@@ -89,6 +105,18 @@ class RotaryLayout:
     dim: int
     interleaved: bool = False
     chunks: int = 1
+
+    def flaw(self, width: int) -> str | None:
+        """What is wrong with it as read from JSON, in heads of this width."""
+        if not all(type(number) is int for number in (self.start, self.dim, self.chunks)):
+            return "sizes are whole numbers"
+        if type(self.interleaved) is not bool:
+            return "interleaved is true or false"
+        if self.start < 0 or self.dim < 2 or self.start + self.dim > width or 0 < self.start < width - self.dim:
+            return f"rotated features are the first or the last of {width}"
+        if self.chunks < 1 or self.dim % (2 * self.chunks):
+            return "each chunk holds planes of two features"
+        return None
 
     def planes(self, heads: Tensor) -> Tensor:
         """(*batch, width, d) as (*batch, chunks, planes, 2, d)."""

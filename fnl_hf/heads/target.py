@@ -4,11 +4,12 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import nn
 
-from ..config import ATTENTION_KINDS, FNLConfig
+from ..config import FNLConfig
 from ..factorization import Factorization, swap
 from ..plan import Activation, Renaming, Target
 from ..proof import Evidence, Recording
@@ -17,7 +18,6 @@ from .leaf import HeadLinear, HeadPadding, can_be_narrowed
 from .product import HeadProduct
 from .slices import HeadSlice, RotaryLayout
 
-KINDS = (*ATTENTION_KINDS, "rotary-qk")
 KEPT = "a narrower basis does not commute with a rotation, and only the heads of nn.Linear and Conv1D can be narrowed"
 
 
@@ -102,45 +102,9 @@ class HeadTarget(Target):
 
     def flaw(self, model: nn.Module | None = None) -> str | None:
         """What is wrong with a product as it was read; with a model, why its heads do not lie there."""
-        return self._flaw() if model is None else self._misfit(model)
+        from .checks import flaw, misfit  # which knows the finder, and that knows this class
 
-    def _flaw(self) -> str | None:
-        if not isinstance(self.name, str):
-            return f"name is {self.name!r}, expected a string"
-        if self.kind not in KINDS:
-            return f"kind is {self.kind!r}, expected one of {KINDS}"
-        if (self.kind == "rotary-qk") != (self.rotary is not None):
-            return f"kind is {self.kind!r}, rotary is {self.rotary!r}"
-        for side in self.sides:
-            if not isinstance(side.weight, str) or not isinstance(side.bias, str | None):
-                return f"{side} makes no sense"
-            sizes = (*side.heads, side.width, side.repeats, side.offset + 1)
-            if not all(type(size) is int and size > 0 for size in sizes) or side.axis not in ("in", "out"):
-                return f"{side} makes no sense"
-        if not all(type(size) is int and size > 0 for size in (self.compact or {}).values()):
-            return f"compact is {self.compact!r}, expected whole numbers"
-        if type(self.rank) is not int or not 1 <= self.rank <= self.left.width:
-            return f"rank is {self.rank!r}, expected an int in 1..{self.left.width}"
-        return None
-
-    def _misfit(self, model: nn.Module) -> str | None:
-        """Whether both weights are there, with features for their heads, and the sizes that compact heads change."""
-        for side in self.sides:
-            misfit = f"has no {self._full(side.weight)} whose features are split like that"
-            try:
-                weight = model.get_parameter(self._full(side.weight))
-                if side.bias:
-                    model.get_parameter(self._full(side.bias))
-            except AttributeError:
-                return misfit
-            features = weight.shape[(side.axis == "in") != side.transposed]
-            end = side.offset + side.size // side.repeats * side.width
-            if features % side.repeats or end > features // side.repeats:
-                return misfit
-        owner = model.get_submodule(self.owner)
-        if not all(type(getattr(owner, name, None)) is int for name in self.compact or {}):
-            return f"{misfit}, below a module with a number {' and '.join(self.compact)} that they could change"
-        return None
+        return flaw(self) if model is None else misfit(self, model)
 
     @classmethod
     def from_dict(cls, data: dict) -> "HeadTarget":
@@ -148,9 +112,9 @@ class HeadTarget(Target):
         data = dict(data)
         if "owner" in data:
             owner, slot = data.pop("owner"), data["kind"].removeprefix("rotary-")
-            data["name"] = f"{owner}.{slot}" if owner else slot
+            data["name"] = ".".join([owner, slot] if owner else [slot])
         sides = {side: HeadSlice.from_dict(data[side]) for side in ("left", "right")}
-        rotary = data.get("rotary") and RotaryLayout(**data["rotary"])
+        rotary = None if data.get("rotary") is None else RotaryLayout(**data["rotary"])
         return cls(**{**data, **sides, "rotary": rotary})
 
     # -- ranks and layouts ----------------------------------------------------------------------------
@@ -176,9 +140,10 @@ class HeadTarget(Target):
                 target = replace(target, rank=target.left.width)
             settled.append(target)
         if kept and len(kept) == len(settled):
+            asked = " with a rank_pattern" if config.rank_pattern else ""
             raise ValueError(
-                f"head_rank is {config.head_rank}, but every product found ({', '.join(sorted(set(kept)))}) keeps its "
-                f"full rank: {KEPT}; leave head_rank at 1.0"
+                f"head_rank is {config.head_rank}{asked}, but every product found ({', '.join(sorted(set(kept)))}) "
+                f"keeps its full rank: {KEPT}; leave head_rank at 1.0"
             )
         return _compacted(settled, evidence) if config.head_layout == "compact" else settled
 
@@ -191,7 +156,7 @@ class HeadTarget(Target):
         """Which products keep their full rank, and which are not compact, though the config asks for both."""
         full = [p.kind for p in products if p.size()[1] == p.full_rank]
         notes = []
-        if config.head_rank != 1.0 and full:
+        if full and (isinstance(config.head_rank, int) or config.head_rank < 1):  # 1 is rank one
             notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
         if config.head_layout == "compact":
             padded = sum(product.layout == "padded" for product in products)
@@ -207,7 +172,11 @@ class HeadTarget(Target):
         """Declare products, and give projections that lose rank their narrow leaves.
 
         All new leaves are built before the first one is put in, so that a failure leaves the model as it was.
+
+        Raises:
+            ValueError: Products overlap in a leaf that gets narrower, or only one of an attention's two is compact.
         """
+        _check_compact_pairs(targets)
         paddings = _paddings(model, targets)
         narrow = {}
         for name, (rows, columns) in paddings.items():
@@ -245,8 +214,7 @@ def _compacted(targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget
     """With really narrower heads in the attention modules where both products agree and a replay proves them."""
     compact: dict[str, HeadTarget] = {}
     for qk in (target for target in targets if target.slot == "qk"):
-        inside = f"{qk.owner}." if qk.owner else ""  # where the values of the same attention are projected
-        pairs = (target for target in targets if target.slot == "ov" and target.parameters()[1].startswith(inside))
+        pairs = (target for target in targets if target.slot == "ov" and _in_one_attention(target, qk))
         if (ov := next(pairs, None)) is None or not qk.rank == ov.rank < qk.left.width == ov.left.width:
             continue
         if evidence.recording and (attributes := _attributes(evidence.recording, qk, ov)) is not None:
@@ -278,12 +246,35 @@ def _paddings(model, targets) -> dict[str, tuple[HeadPadding | None, HeadPadding
     for (name, axis), slices in sides.items():
         if all(side.width == rank for side, rank in slices):
             continue
+        if _overlap([side for side, _ in slices]):
+            raise ValueError(f"{name} cannot be narrower: two products overlap in its features")
         weight = model.get_submodule(name).weight
         out_axis = 1 if slices[0][0].transposed else 0
         padding = _padding(weight.shape[out_axis if axis == "out" else 1 - out_axis], slices)
         rows, columns = paddings[name]
         paddings[name] = (padding, columns) if axis == "out" else (rows, padding)
     return dict(paddings)
+
+
+def _overlap(sides: list[HeadSlice]) -> bool:
+    """Whether heads in one weight's split features have entries in common, or are laid out in different ways."""
+    places = sorted((side.offset, side.offset + side.size // side.repeats * side.width) for side in sides)
+    alike = len({(side.repeats, side.transposed) for side in sides}) == 1
+    return not alike or any(end > start for (_, end), (start, _) in pairwise(places))
+
+
+def _check_compact_pairs(targets: Sequence[HeadTarget]) -> None:
+    """Queries, keys and values of an attention module are compact together, or not at all."""
+    compact = [target for target in targets if target.compact is not None]
+    for target in compact:
+        partners = (t for t in compact if t.slot != target.slot and t.rank == target.rank)
+        if not any(_in_one_attention(*sorted((target, t), key=lambda t: t.slot)) for t in partners):
+            raise ValueError(f"{target.name} is compact, and the other product of its attention is not")
+
+
+def _in_one_attention(ov: HeadTarget, qk: HeadTarget) -> bool:
+    """Whether the values of one are projected inside the owner of the other."""
+    return ov.parameters()[1].startswith(f"{qk.owner}." if qk.owner else "")
 
 
 def _padding(features: int, slices: list[tuple[HeadSlice, int]]) -> HeadPadding:
