@@ -69,7 +69,7 @@ class HeadSlice:
     def flaw(self, axis: str) -> str | None:
         """What is wrong with it as read from JSON, where heads should be split along ``axis``."""
         names = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        if not all(isinstance(name, str) and name.isprintable() for name in names):
+        if not all(isinstance(name, str) and name and name.isprintable() for name in names):
             return "weight and bias are names"
         sizes = (*self.heads, self.width, self.repeats, self.width if self.bias_width is None else self.bias_width)
         if not all(type(size) is int and size > 0 for size in sizes) or type(self.offset) is not int or self.offset < 0:
