@@ -3,8 +3,10 @@
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import FNLConfig
+from .loss import LabelCount, labels_of
 from .optim import NAG, Lamb
 from .rules import FrobeniusDecay, LogFactorizations, Rule
 from .saving import own_names
@@ -20,6 +22,7 @@ class FNLTrainerMixin(WarmStartMixin):
     """
 
     _attached_to = None  # the optimizer that rules are attached to
+    _labels: LabelCount | None = None
 
     def __init__(self, *args, fnl_config: FNLConfig | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -128,30 +131,41 @@ class FNLTrainerMixin(WarmStartMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, with the number of labels of the whole step, over micro-batches and processes."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._weights_loss and batches and all(torch.is_tensor(_labels(batch)) for batch in batches):
-            count = sum(self._count_labels(batch) for batch in batches).to(device)
+        if self._weights_loss and batches and all(torch.is_tensor(labels_of(batch)) for batch in batches):
+            if self._labels is None:
+                self._labels = LabelCount(self.model, self._smoother_shifts(), self.compute_loss_context_manager)
+            if not self._labels.knows(batches[0]):
+                self._labels.learn(self._prepare_inputs(batches[0]))
+            count = sum(self._labels.of(batch) for batch in batches).to(device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 count = self.accelerator.gather(count).sum()
         return batches, count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As in `Trainer`; in training the mean of a micro-batch enters with the share of labels that is behind it."""
-        if not self._weights_loss or num_items_in_batch is None:
+        if not self._weights_loss or num_items_in_batch is None or self._labels is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        labels = self._count_labels(inputs)
+        labels = self._labels.of(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # DDP averages over processes and the Trainer over micro-batches what should be summed.
         parts = self.current_gradient_accumulation_steps
         if self.args.average_tokens_across_devices:
             parts = parts * self.accelerator.num_processes
         loss = torch.where(labels == 0, torch.nan_to_num(loss, nan=0.0), loss)  # the mean over no labels is 0/0
-        loss = loss * labels * parts / num_items_in_batch
+        loss = loss * parts if self._labels.sums else loss * labels * parts / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def _count_labels(self, inputs) -> torch.Tensor:
-        """How many labels the mean of a batch is over; causal models shift theirs by one."""
-        labels = _labels(inputs)
-        return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(-100).sum()
+    def _smoother_shifts(self) -> bool | None:
+        """Whether label smoothing, which `Trainer` computes from logits instead of the model, shifts the labels.
+
+        It goes by the name of the class; None without smoothing.
+        """
+        if self.label_smoother is None:
+            return None
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        if type(model).__module__.startswith("peft."):
+            model = getattr(model.base_model, "model", model)
+        return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
@@ -164,11 +178,6 @@ class FNLTrainerMixin(WarmStartMixin):
         """
         with own_names(self.model):
             super()._save_checkpoint(model, trial)
-
-
-def _labels(inputs) -> torch.Tensor | None:
-    """What a batch is scored by; a question has one label, where its answer starts."""
-    return inputs.get("labels", inputs.get("start_positions"))
 
 
 class FNLTrainer(FNLTrainerMixin, Trainer):

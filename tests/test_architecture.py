@@ -17,7 +17,7 @@ FLOORS = [
     {"initialization", "calibration", "selection", "heads"},
     {"planning", "patching", "optimizer_state", "optim", "decay", "measure"},
     {"loading", "rules"},
-    {"training_arguments", "warm_start", "trainer", "overview", "cli"},
+    {"training_arguments", "warm_start", "loss", "trainer", "overview", "cli"},
     {""},  # the package itself: its public names
     {"tasks"},
 ]
