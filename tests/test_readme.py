@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "scripts" / "results"
@@ -42,6 +44,13 @@ def test_the_figures_are_those_of_the_results():
     for variant, row in (("ours", "masked tokens only"), ("ours, all logits", "as transformers computes them")):
         ratio = pretraining[variant]
         assert f"{row} | {ratio['tokens/s']:.2f} x | {ratio['peak memory']:.2f} x |" in text
+    losses = json.loads((RESULTS / "losses.json").read_text())
+    rows = {name: row for name, row in losses.items() if "off" in row}
+    causal = sum(name.startswith("CAUSAL_LM/") for name in rows)
+    every = sum(name.startswith("CAUSAL_LM/") for name in losses)
+    assert f"{len(rows)} of {len(losses) - 1} classes could be built ({causal} of {every} causal ones)" in text
+    off = [row["off by transformers' count"] for row in rows.values() if row["over"] == "labels"]
+    assert max(row["off"] for row in rows.values()) < 1e-4 and max(off) == pytest.approx(0.014, abs=5e-4)
     by_setting = {}
     for run in json.loads((RESULTS / "translation_head_rank.json").read_text())["runs"]:
         by_setting.setdefault((run["head_rank"], run["factorize_at"]), {})[run["seed"]] = run["test_bleu"]
