@@ -8,6 +8,7 @@
 - `forward`, `building`: running a model; a tiny random model of a type, with inputs that run.
 - `softmax`, `products`, `survey`: where attention is computed; what fnl_hf says of it; a row for each type.
 - `report`: the rows in numbers, in words and in a file.
+- `losses`: beside the survey, a command of its own: whether our trainer counts the labels of every class right.
 
 What is imported here does without fnl_hf, so that a process that must not load it can build models too.
 """
