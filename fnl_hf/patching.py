@@ -107,8 +107,9 @@ def install(model: nn.Module, config: FNLConfig, planned: Plan) -> None:
 def verify(model: nn.Module, **example_inputs) -> Verification:
     """Prove, product by product, that a model uses what ``factorizations`` says it uses.
 
-    A random change of basis inside a product must leave its attention's output where it was; the one-sided change must
-    move it. A dense model is probed for the products that ``factorize`` would declare.
+    A random change of basis inside all products must leave the outputs of the model where they were, and changing one
+    side of each must move them: three forwards where all hold, more to name what does not. Each product is replayed in
+    its attention module by itself too. A dense model is probed for the products that ``factorize`` would declare.
 
     Args:
         example_inputs: What the model's forward takes, by keyword.

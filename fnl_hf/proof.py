@@ -6,7 +6,7 @@ without which a product that nothing reads would pass.
 
 Two ways to look. `Evidence` replays an attention module by itself, a float64 copy with random weights on a call that it
 received or could receive, so that rounding, zero weights and short inputs hide nothing; what is proven for one layer
-holds for its equals. `verify_all` changes every product of the whole model at once.
+holds for its equals. `prove` changes every product of the whole model at once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -210,11 +210,15 @@ def _offer_qk(site: Site, module: nn.Module, layouts: list[_Layout]) -> None:
 
 
 def _rotary_layouts(module: nn.Module, width: int) -> Iterator[RotaryLayout]:
-    """Ways to rotate ``width`` features, the least rotated first: what is unrotated keeps its whole Gram."""
+    """Ways to rotate ``width`` features: as many as the config says (all, if it says nothing), then the fewest first.
+
+    What is unrotated keeps its whole Gram.
+    """
     named = first_number(module, ("rotary_dim", "rotary_ndims", "rope_dim", "qk_rope_head_dim"))
     share = first_number(module, ("partial_rotary_factor", "rotary_pct"))
     dims = {width // 4, width // 2, 3 * width // 4, width, int(named or 0), int(width * (share or 0))}
-    for dim in sorted(dim for dim in dims if 2 <= dim <= width and dim % 2 == 0):
+    said = int(named or width * (share or 1))
+    for dim in sorted((dim for dim in dims if 2 <= dim <= width and dim % 2 == 0), key=lambda dim: (dim != said, dim)):
         for start in dict.fromkeys((0, width - dim)):
             yield RotaryLayout(start, dim)
             yield RotaryLayout(start, dim, interleaved=True)
