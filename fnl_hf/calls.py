@@ -234,13 +234,18 @@ def _first_of(value: Any, batch: int) -> Any:
 
 
 def made_up(
-    module: nn.Module, widths: tuple[int, int], rotations: Iterable[tuple[Tensor, ...]], generator: torch.Generator
+    module: nn.Module,
+    widths: tuple[int, int],
+    rotations: Iterable[tuple[Tensor, ...]],
+    generator: torch.Generator,
+    always_turned: bool = False,
 ) -> Iterator[Call]:
     """Calls that a module may take, by the names in its signature, the plainest first.
 
     Args:
         widths: of the hidden states, and of what they attend to.
         rotations: (cos, sin) as rotary modules give them.
+        always_turned: leave no rotation out that the signature asks for: without one, queries and keys look plain.
     """
     parameters = {
         name: parameter
@@ -283,10 +288,13 @@ def made_up(
 
     sequence = (length,) if "cu_seqlens" in parameters else (1, length)
     optional = any(_CONTEXT.fullmatch(name) or _ADDED.fullmatch(name) for name in parameters)
-    for rotation in (*rotations, None) if any(map(_ROTARY.search, parameters)) else (None,):
+    turns = any(map(_ROTARY.search, parameters))
+    unturned = () if turns and always_turned else (None,)
+    for rotation in (*rotations, *unturned) if turns else unturned:
         for attends in (False, True) if optional else (False,):
             yield call(attends, rotation, sequence)
-    yield call(False, None, (1, GRID, GRID))
+    if unturned:
+        yield call(False, None, (1, GRID, GRID))
 
 
 def a_rotation(width: int, length: int = POSITIONS) -> tuple[Tensor, Tensor]:

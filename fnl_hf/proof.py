@@ -200,7 +200,7 @@ class Evidence:
                 continue
             inner = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), widths[0])
             for sizes in dict.fromkeys((widths, (inner, inner))):  # the second of queries that have a latent
-                for call in made_up(module, sizes, rotations, generator):
+                for call in made_up(module, sizes, rotations, generator, always_turned=product.family == "qk"):
                     yield name, call
 
     def _stage(self, name: str, call: Call, i: int) -> Stage | Exception:

@@ -49,6 +49,10 @@ def test_integer_vectors_of_multi_head_attention():
                 leaf.weight.data = torch.tensor(values, dtype=torch.float64)
                 setattr(self, name, leaf)
 
+        def forward(self, hidden_states):
+            q, k, v = (p(hidden_states).unflatten(-1, (2, 2)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            return self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(-2))
+
     model = fnl_hf.factorize(Attention(), fnl_hf.FNLConfig(init="default"))
     assert {f.kind: f.squared_norm().item() for f in fnl_hf.factorizations(model)} == {"qk": 51, "ov": 37}
     fnl_hf.frobenius_decay_(model, 1.0)
