@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "scripts" / "results"
+KEYS = ("products", "by default")  # of a row of the survey: proven, and of these found without inputs
 
 
 def test_the_examples_run(capsys):
@@ -71,9 +72,13 @@ def test_the_figures_are_those_of_the_results():
     attention = [row for row in rows if row.get("executed")]
     clean = [row for row in attention if not row["wrong"] and not row["missed"]]
     assert f"{len(clean)} of the {len(attention)} model types" in text
-    for slot in ("qk", "ov"):
+    shares = []
+    for slot in ("ov", "qk"):
         exact = sum(any(slot in kind for kind in row["products"]) for row in attention)
-        assert f"{exact} types" in text
+        counts = [sum(n for row in attention for kind, n in row[key].items() if slot in kind) for key in KEYS]
+        assert f"{exact} types" in text and f"{counts[0]} products" in text
+        shares.append(f"{100 * counts[1] / counts[0]:.1f} %")
+    assert f"found without example inputs | {shares[0]} of O/V, {shares[1]} of Q/K |" in text
 
 
 def test_what_the_readme_quotes_is_in_the_tables():
