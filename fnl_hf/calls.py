@@ -1,9 +1,11 @@
 """What modules of a model are called with: recorded in one forward of the model, or made up from their signatures."""
 
 import copy
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,16 +89,44 @@ class Recording:
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Every floating-point tensor that a model returns, in evaluation mode; modes and random state come back."""
-    modes = {module: module.training for module in model.modules()}
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    try:
+    with as_it_was(model):
         model.eval()
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(0)
             return list(tensors_in(model(**({"use_cache": False} if takes_cache else {}) | dict(inputs))))
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """After it, every module and attribute of a model is back in its place; values are not looked at.
+
+    BigBird, for one, changes its attention for good when it meets a short input.
+    """
+    restore = snapshot(model)
+    try:
+        yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        restore()
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts every module and attribute of a model back to where it is now; values are not looked at."""
+    registries = ("_modules", "_parameters", "_buffers")
+    before = {
+        module: (dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
+        for module in model.modules()
+    }
+
+    def restore() -> None:
+        for module, (attributes, entries) in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, children in entries.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(children)
+
+    return restore
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -109,67 +139,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for item in output:
             yield from tensors_in(item)
-
-
-# -- a model's inputs --------------------------------------------------------------------------------
-
-
-def record_examples(model: nn.Module, names: Iterable[str], alike: Callable[[str], Hashable]) -> Recording:
-    """A recording on made-up inputs.
-
-    Raises:
-        ProbeError: The model runs on nothing that could be made up from its config.
-    """
-    error = ProbeError(f"no example inputs are known for {type(model).__name__}")
-    for inputs in example_inputs(model):
-        try:
-            return Recording(model, inputs, names, alike)
-        except ProbeError as tried:
-            error = tried
-    raise error
-
-
-def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Small inputs for a Hugging Face model, from its config: what forward requires, then everything it takes."""
-    config = getattr(model, "config", None)
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(length):
-        vocabulary = _config_number(config, "vocab_size", "src_vocab_size") or 32
-        return torch.randint(min(5, vocabulary - 1), vocabulary, (1, length), generator=generator).to(device)
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    parameters = inspect.signature(model.forward).parameters
-    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
-    required.add(getattr(model, "main_input_name", None))
-    for names in (required, set(parameters)):
-        inputs = {name: example(config, ids, noise) for name, example in _EXAMPLES.items() if name in names}
-        if inputs and getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-            inputs["decoder_input_ids"] = ids(6)
-        if inputs:
-            yield inputs
-
-
-def _image(config, ids, noise):
-    size = _config_number(config, "image_size") or 32
-    return noise(1, _config_number(config, "num_channels") or 3, size, size)
-
-
-def _spectrogram(config, ids, noise):
-    mels = _config_number(config, "num_mel_bins", "feature_size") or 80
-    return noise(1, mels, 2 * (_config_number(config, "max_source_positions") or 50))
-
-
-# name of an input -> an example of it, from the config and makers of token ids and of noise
-_EXAMPLES = {
-    "input_ids": lambda config, ids, noise: ids(9),
-    "pixel_values": _image,
-    "input_features": _spectrogram,
-    "input_values": lambda config, ids, noise: noise(1, 4000),
-}
+    elif dataclasses.is_dataclass(output):
+        yield from tensors_in(vars(output))
 
 
 # -- a module's call ---------------------------------------------------------------------------------
@@ -183,6 +154,11 @@ _CONTEXT = re.compile(
 )
 _ROTARY = re.compile(r"position_embeddings?|rotary|rope|freqs|cos$|sin$")
 _ADDED = re.compile(r"object_queries|spatial_position_embeddings|query_pos\w*|pos_embed\w*")
+# What may be left out, or None: nothing can stand between projections because of it
+_HARMLESS = re.compile(
+    r".*mask.*|past.*|.*cache.*|layer_past|layer_state|use_.*|output_.*|return_.*|need_weights|is_.*|.*position_ids?"
+)
+_OF_SCORES = re.compile(r".*(bias|alibi|relative|rel_pos|rel_emb|dist|cos|sin|position|rope|rotary|freqs|similarity).*")
 _MASK = re.compile("mask|length|seqlens")
 
 
@@ -238,14 +214,14 @@ def made_up(
     widths: tuple[int, int],
     rotations: Iterable[tuple[Tensor, ...]],
     generator: torch.Generator,
-    always_turned: bool = False,
+    of_scores: bool = False,
 ) -> Iterator[Call]:
     """Calls that a module may take, by the names in its signature, the plainest first.
 
     Args:
         widths: of the hidden states, and of what they attend to.
         rotations: (cos, sin) as rotary modules give them.
-        always_turned: leave no rotation out that the signature asks for: without one, queries and keys look plain.
+        of_scores: for queries and keys, which a rotation or a bias in the signature would change if it were given.
     """
     parameters = {
         name: parameter
@@ -286,15 +262,26 @@ def made_up(
                 values[name] = None
         return Call(kwargs=values)
 
+    def decides(made: Call) -> bool:
+        """Whether nothing is left out that might stand between the projections if it were given."""
+        missing = {
+            name
+            for name, parameter in parameters.items()
+            if made.kwargs.get(name, parameter.default) in (None, inspect.Parameter.empty)
+        }
+        harmless = (_HARMLESS, _CONTEXT, _ADDED) if of_scores else (_HARMLESS, _CONTEXT, _ADDED, _OF_SCORES)
+        return all(any(names.fullmatch(name) for names in harmless) for name in missing)
+
     sequence = (length,) if "cu_seqlens" in parameters else (1, length)
     optional = any(_CONTEXT.fullmatch(name) or _ADDED.fullmatch(name) for name in parameters)
-    turns = any(map(_ROTARY.search, parameters))
-    unturned = () if turns and always_turned else (None,)
+    turns, calls = any(map(_ROTARY.search, parameters)), []
+    unturned = () if turns and of_scores else (None,)
     for rotation in (*rotations, *unturned) if turns else unturned:
         for attends in (False, True) if optional else (False,):
-            yield call(attends, rotation, sequence)
+            calls.append(call(attends, rotation, sequence))
     if unturned:
-        yield call(False, None, (1, GRID, GRID))
+        calls.append(call(False, None, (1, GRID, GRID)))
+    yield from filter(decides, calls)
 
 
 def a_rotation(width: int, length: int = POSITIONS) -> tuple[Tensor, Tensor]:
@@ -385,15 +372,3 @@ def _described(value: Any) -> Any:
 def _devices(model: nn.Module) -> list[torch.device]:
     """The accelerators that a model lies on, for ``fork_rng``."""
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _config_number(config: object, *names: str) -> int | None:
-    """The first of these attributes on a config or one of its sub-configs."""
-    owners = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
-    for owner in owners:
-        for name in names:
-            value = getattr(owner, name, None)
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(value, int) and value > 0:
-                return value
-    return None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .calls import Recording, outputs_of
+from .calls import Recording, outputs_of, snapshot
 from .factorization import Factorization
 
 # Largest change of an output, relative to its norm, by rounding alone
@@ -75,11 +75,7 @@ def kept_on_error(model: nn.Module, products: Sequence[Factorization] = ()) -> I
     Args:
         products: whose values are written within: these come back too, bit for bit.
     """
-    registries = ("_modules", "_parameters", "_buffers")
-    before = {
-        module: (dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
-        for module in model.modules()
-    }
+    restore = snapshot(model)
     config = getattr(model, "config", None)
     stored = dict(vars(config)) if hasattr(config, "__dict__") else None
     parameters = {p for product in products for view in product.views for p in (view.parameter, view.bias)} - {None}
@@ -87,12 +83,7 @@ def kept_on_error(model: nn.Module, products: Sequence[Factorization] = ()) -> I
     try:
         yield
     except BaseException:
-        for module, (attributes, entries) in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, children in entries.items():
-                vars(module)[name].clear()
-                vars(module)[name].update(children)
+        restore()
         if stored is not None:
             vars(config).clear()
             vars(config).update(stored)

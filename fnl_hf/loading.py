@@ -12,7 +12,7 @@ written by `fnl_hf.saving`.
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -164,14 +164,26 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
         if here is not None:
             placed.append(here)
             continue
-        same_class = type(model).__name__ in (model.config.architectures or [])
-        if same_class or rename(target.parameters()[0]) not in stored:
+        same_class, weight = type(model).__name__ in (model.config.architectures or []), target.parameters()[0]
+        if same_class or rename(weight) not in stored or _has_any(model, (weight, rename(weight))):
             lack = f"{type(model).__name__} {target.flaw(model)}"
             raise ValueError(f"quantization_config.plan names {target.name}, but {lack}: {RESTORE}")
         elsewhere.append(target.name)
+    if elsewhere and not _has_any(model, stored):
+        saved_from = ", ".join(model.config.architectures or ["the class it was saved from"])
+        raise ValueError(
+            f"{type(model).__name__} holds none of the products of this checkpoint, nor any of its weights: "
+            f"{_listed(elsewhere)}; load it as {saved_from}"
+        )
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
     return replace(plan, targets=tuple(placed))
+
+
+def _has_any(model: PreTrainedModel, names: Iterable[str | None]) -> bool:
+    """Whether a model has a parameter of one of these names."""
+    there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return not there.isdisjoint(names)
 
 
 def _parameter_names(model: nn.Module, plan: Plan) -> list[str]:

@@ -50,6 +50,10 @@ def factorize(
     config = FNLConfig() if config is None else config
     if not isinstance(config, FNLConfig):
         raise TypeError(f"factorize got a {type(config).__name__} as config, expected a fnl_hf.FNLConfig")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"factorize got a {type(model).__name__} as model, expected a torch.nn.Module")
+    if verify is not None and not isinstance(verify, Mapping):
+        raise TypeError(f"verify is a {type(verify).__name__}, expected a dict of inputs by the names of forward")
     if (calibration is not None) != (config.init in CALIBRATED):
         raise ValueError(
             f"init={config.init!r} looks at data: pass factorize(..., calibration=batches of model inputs)"
@@ -115,8 +119,11 @@ def verify(model: nn.Module, **example_inputs) -> Verification:
         example_inputs: What the model's forward takes, by keyword.
 
     Raises:
-        ProbeError: The model does not run on these inputs.
+        ValueError: There are no inputs, or (ProbeError) the model does not run on them.
     """
+    if not example_inputs:
+        raise ValueError("verify needs example inputs of the model's forward, by keyword: verify(model, input_ids=...)")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     products = list(declared(model))
     if not products:
         planned, evidence = plan_with_evidence(model, FNLConfig(), example_inputs)

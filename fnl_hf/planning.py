@@ -7,11 +7,13 @@ from torch import nn
 from .config import FNLConfig
 from .heads import HeadTarget, find_heads
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
-from .proof import Evidence
+from .proof import Evidence, refuted_by_the_whole
 from .selection import selected
 from .ties import reads_one_weight_twice, without_shared
 
 register_family(find_heads, HeadTarget)
+
+REFUTED = "the model changes with its basis, though a replay of its module does not: something else reads its factors"
 
 
 def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> Plan:
@@ -43,6 +45,9 @@ def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | No
             targets.append(target)
     _refuse_claimed_twice(targets)
     targets, shared = without_shared(model, targets)
+    refuted = refuted_by_the_whole(evidence, [target.found for target in targets if not target.found(model).lone])
+    skipped += [Skip(target.name, target.kind, REFUTED) for target in targets if target.name in refuted]
+    targets = [target for target in targets if target.name not in refuted]
     settled = []
     for family in FAMILIES.values():
         if of_family := [target for target in targets if type(target) is family.target]:

@@ -25,9 +25,9 @@ from .calls import (
     drawn,
     made_up,
     outputs_of,
-    record_examples,
     rotations_for,
 )
+from .examples import record_examples
 from .factorization import Factorization
 from .replay import MOVED, REFUTED, UNREACHED, Found, Stage, Verdict, distance, fingerprint, new_basis
 
@@ -134,13 +134,15 @@ class Evidence:
 
     def replayed(self, found: Found) -> Verdict | None:
         """The verdict of a replay on a product of the model; None where nothing replays or reaches it."""
-        product = found(self.model)
+        product, owner = found(self.model), found(self.model).name.rpartition(".")[0]
+        if any(hasattr(module, "base_layer") for module in self.model.get_submodule(owner).modules()):
+            return None  # what an adapter adds is no factor: random, it would refute any product
 
         def verdict(stage: Stage) -> tuple[Verdict, str]:
             one = stage.verdict(product.name, product.kind, found)
             return one, one.reason or ""
 
-        owner, _, slot = product.name.rpartition(".")
+        slot = product.name.rpartition(".")[2]
         for one, reason in self.tried(owner, product, ("as it is", slot, product.kind), verdict):
             if one and not reason:
                 return replace(one, name=product.name)
@@ -200,7 +202,7 @@ class Evidence:
                 continue
             inner = next((part.in_features for part in module.modules() if isinstance(part, nn.Linear)), widths[0])
             for sizes in dict.fromkeys((widths, (inner, inner))):  # the second of queries that have a latent
-                for call in made_up(module, sizes, rotations, generator, always_turned=product.family == "qk"):
+                for call in made_up(module, sizes, rotations, generator, of_scores=product.family == "qk"):
                     yield name, call
 
     def _stage(self, name: str, call: Call, i: int) -> Stage | Exception:
@@ -256,9 +258,35 @@ def prove(evidence: Evidence, found: Sequence[Found]) -> Verification:
         alone = Verdict(product.name, product.kind, *values, reason, tolerance)
         if not alone.exact and not reason and _jitter(model, recording, product) > values[0] / 10:
             alone = replace(alone, reason=JUMPS)  # of sorted, rounded or drawn values: only the replay can tell
-        doubted = alone.reason == JUMPS or (replayed and not replayed.exact)
+        doubted = alone.reason or (replayed and not replayed.exact)  # or nothing moves, behind weights that are zero
         verdicts.append(replayed if replayed and doubted else alone)
     return Verification(verdicts)
+
+
+def refuted_by_the_whole(evidence: Evidence, found: Sequence[Found]) -> set[str]:
+    """Names of products whose change of basis moves the outputs of the recorded forward; one forward if there are none.
+
+    Layers may differ where no replay looks: in the number of the layer, the values of their arguments, what hooks and
+    other modules do with their weights.
+    """
+    model, recording = evidence.model, evidence.recording
+    if not recording or not recording.output:
+        return set()
+    products = [each(model) for each in found]
+
+    def moved(some: Sequence[Factorization]) -> float:
+        with new_basis(some, ("left", "right")):
+            return _changed(model, recording)
+
+    allowed = ROUNDING.get(recording.output[0].dtype, COARSE_ROUNDING)
+    if not products or moved(products) <= allowed:
+        return set()
+    changes = {product.name: (product, moved([product])) for product in products}
+    return {
+        name
+        for name, (product, change) in changes.items()
+        if change > allowed and _jitter(model, recording, product) < change / 10
+    }
 
 
 def _jitter(model: nn.Module, recording: Recording, product: Factorization) -> float:

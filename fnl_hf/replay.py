@@ -1,6 +1,7 @@
 """A module by itself: a float64 copy with random weights, on a call, in which products are proven."""
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from .factorization import Factorization
 TOLERANCE = 5e-5  # of the change that the one-sided controls make; wrong layouts have shown 1.4e-4 and more
 MOVED = 1e-6  # relative change of the output from which on a control has moved it
 REFUTED = 1e-2  # relative change under which a two-sided change may still be exact
+LARGE = 100.0  # times the features of variance one that random weights give
 UNREACHED = "these inputs do not reach it: pass verify=example inputs that do"
 
 Found = Callable[[nn.Module], Factorization]  # a product in a model that has the names of the one at hand
@@ -66,6 +68,17 @@ class Stage:
                 return
         raise ProbeError(f"{type(module).__name__} gives values that are not finite")
 
+    @property
+    def names(self) -> list[str]:
+        """The arguments of the module's forward."""
+        return list(inspect.signature(self.module.forward).parameters)
+
+    def with_arguments(self, values: dict[str, Any]) -> "Stage":
+        """The same module with other arguments in the call."""
+        other = copy.copy(self)
+        other.call = Call(self.call.args, self.call.kwargs | values)
+        return other
+
     def run(self, module: nn.Module) -> Tensor:
         """What a module of the same names returns for the call."""
         call = copy.deepcopy(self.call)  # some modules write into their arguments
@@ -82,10 +95,14 @@ class Stage:
             module = parent
         return module
 
-    def moved(self, product: Factorization, sides: Sequence[str]) -> float:
-        """The relative change of the output when these sides of a product get a new basis."""
-        with new_basis([product], sides):
-            return distance(self.run(self.module), self.output)
+    def moved(self, product: Factorization, sides: Sequence[str], scale: float = 1.0) -> float:
+        """The relative change of the output when these sides of a product, scaled, get a new basis."""
+        reference = self.output
+        if scale != 1.0:
+            with new_basis([product], (), scale):
+                reference = self.run(self.module)
+        with new_basis([product], sides, scale):
+            return distance(self.run(self.module), reference)
 
     def verdict(self, name: str, kind: str, found: Found) -> Verdict:
         """Probe one product, which lies in this module."""
@@ -94,6 +111,8 @@ class Stage:
         if change > REFUTED:  # a refutation whatever the controls say, which cost a replay each
             return Verdict(name, kind, change, 1.0)
         control = min(self.moved(product, (side,)) for side in ("left", "right"))
+        if control > MOVED:  # what clips features shows where they are large
+            change = max(change, self.moved(product, ("left", "right"), LARGE))
         return Verdict(name, kind, change, control, None if control > MOVED else UNREACHED)
 
 
@@ -103,6 +122,7 @@ class new_basis:  # noqa: N801
 
     products: Sequence[Factorization]
     sides: Sequence[str]
+    scale: float = 1.0
     originals: list[list[Tensor]] = field(default_factory=list)
 
     def __enter__(self):
@@ -110,7 +130,8 @@ class new_basis:  # noqa: N801
         with torch.no_grad():
             self.originals = [[tensor.clone() for tensor in product.augmented()] for product in self.products]
             for product, original in zip(self.products, self.originals, strict=True):
-                product.write(product.form.change_basis(original, generator, self.sides))
+                scaled = [factor * self.scale for factor in original]
+                product.write(product.form.change_basis(scaled, generator, self.sides))
 
     def __exit__(self, *error):
         for product, original in zip(self.products, self.originals, strict=True):

@@ -35,7 +35,7 @@ def _overlapping(targets: Sequence[Target], products: Sequence[Factorization]) -
     readers: dict[int, list[tuple[Target, tuple, View]]] = defaultdict(list)
     for target, product in zip(targets, products, strict=True):
         for view in product.views:
-            readers[id(view.parameter)].append((target, _identity(product), view))
+            readers[_memory(view.parameter)].append((target, _identity(product), view))
     shared = {}
     for several in readers.values():
         for i, (one, identity, view) in enumerate(several):
@@ -51,14 +51,14 @@ def _used_elsewhere(model: nn.Module, targets: Sequence[Target], products: Seque
     """name of a target -> a parameter's name under which no target of the same factors has it."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+        names[_memory(parameter)].append(name)
     uses: dict[tuple, set[tuple]] = defaultdict(set)  # by identity, where its targets have each parameter
     for target, product in zip(targets, products, strict=True):
         uses[_identity(product)] |= {_place(model, target, path) for path in target.parameters()}
     shared = {}
     for target, product in zip(targets, products, strict=True):
         for path in target.parameters():
-            for name in names[id(model.get_parameter(path))]:
+            for name in names[_memory(model.get_parameter(path))]:
                 if not any(_stands_at(model, name, place) for place in uses[_identity(product)]):
                     shared.setdefault(target.name, name.rpartition(".")[0])
     return shared
@@ -79,11 +79,21 @@ def _stands_at(model: nn.Module, name: str, place: tuple[int, str]) -> bool:
 
 
 def _identity(product: Factorization) -> tuple:
-    return tuple((id(view.parameter), view.offset) for view in product.views)
+    """The same for products that are one: of the same weights, and of the same biases."""
+    return tuple(
+        (_memory(view.parameter), view.offset, view.bias is not None and _memory(view.bias)) for view in product.views
+    )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor lies: parameters may be several over one memory."""
+    return id(tensor) if tensor.is_meta or not tensor.numel() else tensor.data_ptr()
 
 
 def _overlap(one: View, other: View) -> bool:
-    """Whether two views of one parameter read an entry both."""
+    """Whether two views of one memory read an entry both."""
+    if one.parameter.shape != other.parameter.shape:
+        return True
     return all(bool(set(a) & set(b)) for a, b in zip(_extent(one), _extent(other), strict=True))
 
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fnl_hf"
 FLOORS = [
     {"algebra", "config", "messages"},
     {"factorization", "calls"},
-    {"replay", "sharding"},
+    {"replay", "examples", "sharding"},
     {"proof"},
     {"plan"},
     {"initialization", "calibration", "saving", "selection", "heads", "ties"},

@@ -58,9 +58,23 @@ def compact_attributes(
             agrees = _agrees(stage.run(_inner(root, stage)), reference)
         except (RuntimeError, ValueError):  # shapes that do not fit
             continue
-        if agrees:
+        if agrees and _agrees_under_a_mask(stage, root, padded):
             return (attributes, "") if _matters(stage, root, reference) else (None, UNREACHED)
     return None, "no attribute says their width"
+
+
+def _agrees_under_a_mask(stage: Stage, root: nn.Module, padded: nn.Module) -> bool:
+    """Whether both give the same for a mask too, which some classes treat in code of its own with another scale."""
+    name = next((name for name in ("attention_mask", "mask") if name in stage.names), None)
+    if name is None or stage.call.kwargs.get(name) is not None:
+        return True
+    length = stage.output.shape[-2]
+    masked = stage.with_arguments({name: torch.zeros(1, 1, length, length, dtype=stage.output.dtype)})
+    try:
+        reference = masked.run(_inner(padded, stage))
+    except Exception:  # it takes no such mask
+        return True
+    return _agrees(masked.run(_inner(root, stage)), reference)
 
 
 def _matters(stage: Stage, root: nn.Module, reference: torch.Tensor) -> bool:

@@ -173,9 +173,8 @@ class HeadTarget(Target):
             notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
         if config.head_layout == "compact":
             padded = sum(product.layout == "padded" for product in products)
-            notes.append(
-                f"{len(products) - padded} products are compact, {padded} padded: not proven equal at a smaller width"
-            )
+            why = ": not proven equal at a smaller width, or of full rank" if padded else ""
+            notes.append(f"{len(products) - padded} products are compact, {padded} padded{why}")
         return notes
 
     # -- putting them in place ------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""Ordinary models that once made a claim of the proofs false, each beside a control that is still factorized."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import fnl_hf
+from tests.families import BERT, TEXT
+from tests.families import output as first_output
+from tests.test_proof import HALF, randomised, relative, shared_with
+
+LLAMA = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 50,
+}  # fmt: skip
+
+
+def kinds(model: nn.Module) -> list[str]:
+    return sorted(product.kind for product in fnl_hf.factorizations(model))
+
+
+@pytest.mark.parametrize("clip", [0.05, 4.0, None])
+def test_projections_that_are_clipped_are_no_products(clip):
+    """At the size of random weights nothing reaches the bound; at that of trained ones it does."""
+    model = randomised(tf.OlmoModel(tf.OlmoConfig(**LLAMA, clip_qkv=clip)))
+    before = first_output(model, TEXT)
+    if clip:
+        with pytest.raises(ValueError, match="something stands between its projections"):
+            fnl_hf.factorize(model)
+        return
+    fnl_hf.factorize(model)
+    assert kinds(model) == ["ov", "ov", "rotary-qk", "rotary-qk"]
+    assert relative(first_output(model, TEXT), before) < 1e-4
+
+
+def test_a_model_that_changes_its_attention_in_a_forward_stays_as_it_was():
+    """BigBird takes full attention for good once it has seen a short text, as the one that a plan is made with."""
+    sizes = {**BERT, "max_position_embeddings": 64}
+    config = tf.BigBirdConfig(**sizes, block_size=4, num_random_blocks=1, sep_token_id=3)
+    model = randomised(tf.BigBirdModel(config))
+    with pytest.raises(ValueError, match="multiple of block size"):
+        fnl_hf.factorize(model)
+    assert model.attention_type == model.config.attention_type == "block_sparse"
+    fnl_hf.factorize(model, verify={"input_ids": torch.randint(0, 50, (2, 48))})
+    assert kinds(model) == ["ov", "ov", "qk", "qk"] and model.attention_type == "block_sparse"
+    model(**TEXT)
+    assert model.attention_type == "original_full"
+
+
+class ByNumber(tf.BertModel):
+    """Its second layer reads its queries once more."""
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state + self.encoder.layer[1].attention.self.query.bias
+        return outputs
+
+
+def test_a_product_that_the_whole_model_reads_elsewhere_is_left_dense_below_full_rank_too():
+    model = randomised(ByNumber(tf.BertConfig(**BERT)))
+    fnl_hf.factorize(model, HALF)
+    assert sorted(product.name for product in fnl_hf.factorizations(model)) == [
+        "encoder.layer.0.attention.ov",
+        "encoder.layer.0.attention.self.qk",
+        "encoder.layer.1.attention.ov",
+    ]
+
+
+def test_tied_weights_with_biases_of_their_own_are_no_one_product():
+    model = randomised(tf.BertModel(tf.BertConfig(**BERT)))
+    first, second = (layer.attention.self for layer in model.encoder.layer)
+    second.query.weight, second.key.weight = first.query.weight, first.key.weight
+    before = first_output(model, TEXT)
+    fnl_hf.factorize(model, HALF)
+    assert kinds(model) == ["ov", "ov"] and len(shared_with(model)) == 2
+    assert first.query.weight is second.query.weight and first.query.bias is not second.query.bias
+    assert relative(first_output(fnl_hf.to_dense(model), TEXT), before) < 1  # still a model, only of lower rank
+
+
+def test_a_checkpoint_is_refused_by_a_class_that_holds_none_of_it(tmp_path):
+    model = fnl_hf.factorize(randomised(tf.BertForMaskedLM(tf.BertConfig(**BERT))), HALF)
+    model.save_pretrained(tmp_path)
+    assert kinds(tf.BertModel.from_pretrained(tmp_path)) == kinds(model)  # a part of it loads
+    with pytest.raises(ValueError, match="holds none of the products of this checkpoint.*load it as BertForMaskedLM"):
+        tf.GPT2Model.from_pretrained(tmp_path)
+
+
+@dataclass
+class Answer:
+    attended: torch.Tensor
+    scores: torch.Tensor
+
+
+class Answering(nn.Module):
+    """Attention that answers with a plain dataclass."""
+
+    def __init__(self, hidden=16, heads=2):
+        super().__init__()
+        self.num_heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(hidden, hidden) for _ in range(4))
+
+    def forward(self, hidden_states):
+        q, k, v = (
+            each(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for each in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        scores = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return Answer(self.out_proj((scores @ v).transpose(1, 2).flatten(2)), scores)
+
+
+def test_outputs_in_a_dataclass_are_seen():
+    model, x = nn.Sequential(Answering()), torch.randn(2, 5, 16)
+    before = model(x)
+    fnl_hf.factorize(model)
+    after = model(x)
+    assert kinds(model) == ["ov", "qk"]
+    assert relative(after.attended, before.attended) < 1e-5 and relative(after.scores, before.scores) < 1e-5
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(TypeError, match="str"):
+        fnl_hf.factorize("bert-base-uncased")
+    model = fnl_hf.factorize(randomised(tf.BertModel(tf.BertConfig(**BERT))))
+    with pytest.raises(TypeError, match="str"):
+        fnl_hf.factorize(nn.Sequential(Answering()), "half")
+    with pytest.raises(TypeError, match="verify is a Tensor, expected a dict"):
+        fnl_hf.factorize(nn.Sequential(Answering()), verify=torch.ones(2, 5, 16))
+    with pytest.raises((TypeError, ValueError), match="inputs"):
+        fnl_hf.verify(model)
