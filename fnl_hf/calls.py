@@ -154,9 +154,10 @@ _CONTEXT = re.compile(
 )
 _ROTARY = re.compile(r"position_embeddings?|rotary|rope|freqs|cos$|sin$")
 _ADDED = re.compile(r"object_queries|spatial_position_embeddings|query_pos\w*|pos_embed\w*")
-# What may be left out, or None: nothing can stand between projections because of it
+# What may be left out, or None: nothing can stand between projections because of it (SAM's similarity is a mask)
 _HARMLESS = re.compile(
-    r".*mask.*|past.*|.*cache.*|layer_past|layer_state|use_.*|output_.*|return_.*|need_weights|is_.*|.*position_ids?"
+    r".*mask.*|attention_similarity|past.*|.*cache.*|layer_past|layer_state|use_.*|output_.*|return_.*|need_weights|"
+    r"is_.*|.*position_ids?"
 )
 _OF_SCORES = re.compile(r".*(bias|alibi|relative|rel_pos|rel_emb|dist|cos|sin|position|rope|rotary|freqs|similarity).*")
 _MASK = re.compile("mask|length|seqlens")
