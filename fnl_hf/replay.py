@@ -16,7 +16,7 @@ from .factorization import Factorization
 TOLERANCE = 5e-5  # of the change that the one-sided controls make; wrong layouts have shown 1.4e-4 and more
 MOVED = 1e-6  # relative change of the output from which on a control has moved it
 REFUTED = 1e-2  # relative change under which a two-sided change may still be exact
-LARGE = 100.0  # times the features of variance one that random weights give
+LARGE = 100.0  # times the features of variance one that random weights give, of one side at a time
 UNREACHED = "these inputs do not reach it: pass verify=example inputs that do"
 
 Found = Callable[[nn.Module], Factorization]  # a product in a model that has the names of the one at hand
@@ -95,25 +95,44 @@ class Stage:
             module = parent
         return module
 
-    def moved(self, product: Factorization, sides: Sequence[str], scale: float = 1.0) -> float:
-        """The relative change of the output when these sides of a product, scaled, get a new basis."""
-        reference = self.output
-        if scale != 1.0:
-            with new_basis([product], (), scale):
-                reference = self.run(self.module)
-        with new_basis([product], sides, scale):
-            return distance(self.run(self.module), reference)
-
     def verdict(self, name: str, kind: str, found: Found) -> Verdict:
-        """Probe one product, which lies in this module."""
+        """Probe one product, which lies in this module.
+
+        The output must stay under a random change of basis, also of one after which the features on either side are
+        large, where what clips them shows. Changing every other factor alone, the left ones or the right ones, is the
+        control.
+        """
         product = found(self.root())
-        change = self.moved(product, ("left", "right"))
-        if change > REFUTED:  # a refutation whatever the controls say, which cost a replay each
-            return Verdict(name, kind, change, 1.0)
-        control = min(self.moved(product, (side,)) for side in ("left", "right"))
-        if control > MOVED:  # what clips features shows where they are large
-            change = max(change, self.moved(product, ("left", "right"), LARGE))
+        generator = torch.Generator().manual_seed(0)
+        old = [factor.clone() for factor in product.augmented()]
+        new = product.form.change_basis(old, generator)
+
+        def moved(factors: Sequence[Tensor]) -> float:
+            product.write(factors)
+            return distance(self.run(self.module), self.output)
+
+        try:
+            change = moved(new)
+            if change > REFUTED:  # a refutation whatever the controls say, which cost a replay each
+                return Verdict(name, kind, change, 1.0)
+            control = min(moved(_alternating(new, old)), moved(_alternating(old, new)))
+            if control > MOVED:
+                large = (moved(_rescaled(new, scale)) for scale in (LARGE, 1 / LARGE))
+                change = max(change, *large)
+        finally:
+            product.write(old)
         return Verdict(name, kind, change, control, None if control > MOVED else UNREACHED)
+
+
+def _alternating(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """Every other factor of two lists: the first of the one, the second of the other, …"""
+    return [(left, right)[i % 2][i] for i in range(len(left))]
+
+
+def _rescaled(factors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """The same product, of left factors ``scale`` times as large and right ones as much smaller."""
+    paired = len(factors) // 2 * 2
+    return [factor * (scale, 1 / scale)[i % 2] if i < paired else factor for i, factor in enumerate(factors)]
 
 
 @dataclass
@@ -122,7 +141,6 @@ class new_basis:  # noqa: N801
 
     products: Sequence[Factorization]
     sides: Sequence[str]
-    scale: float = 1.0
     originals: list[list[Tensor]] = field(default_factory=list)
 
     def __enter__(self):
@@ -130,8 +148,7 @@ class new_basis:  # noqa: N801
         with torch.no_grad():
             self.originals = [[tensor.clone() for tensor in product.augmented()] for product in self.products]
             for product, original in zip(self.products, self.originals, strict=True):
-                scaled = [factor * self.scale for factor in original]
-                product.write(product.form.change_basis(scaled, generator, self.sides))
+                product.write(product.form.change_basis(original, generator, self.sides))
 
     def __exit__(self, *error):
         for product, original in zip(self.products, self.originals, strict=True):
@@ -173,20 +190,24 @@ def _is_plain(value: Any) -> bool:
 
 def _random_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in evaluation mode whose weights are drawn so that every part of it matters."""
-    module = copy.deepcopy(module).to(dtype).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(0)
+    drawn = {
+        id(parameter): nn.Parameter(_random_weight(name, parameter, dtype, generator), requires_grad=False)
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point()
+    }
+    module = copy.deepcopy(module, drawn).to(dtype).requires_grad_(False).eval()  # the memo: no weight is copied
     for part in module.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
-    for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        noise = torch.randn(parameter.shape, generator=generator, dtype=dtype).to(parameter.device)
-        if parameter.dim() >= 2:
-            parameter.data = noise * (parameter.shape[0] / parameter.numel()) ** 0.5  # features of variance one
-        else:
-            parameter.data = noise / 4 + (1.0 if name.endswith("weight") else 0.0)  # norms around one
     return module
+
+
+def _random_weight(name: str, like: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(like.shape, generator=generator).to(like.device, dtype)
+    if like.dim() >= 2:
+        return noise.mul_((like.shape[0] / like.numel()) ** 0.5)  # features of variance one
+    return noise.div_(4).add_(1.0 if name.endswith("weight") else 0.0)  # norms around one
 
 
 def distance(output: Tensor, reference: Tensor) -> float:
