@@ -180,16 +180,18 @@ def drawn(call: Call, module: nn.Module, generator: torch.Generator) -> Iterator
     if not hidden or min(positions) < 4:
         return
 
-    def new(name: str, value: Any) -> Any:
-        if not _is_drawn(name, value):
-            return value
-        return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    def new(name: str, value: Any, batch: int | None) -> Any:
+        value = value if batch is None else _first_of(value, batch)
+        return torch.randn(value.shape, generator=generator).to(value) if _is_drawn(name, value) else value
 
-    args = tuple(new(name, value) for name, value in zip(names, call.args, strict=False))
-    made = Call(args + call.args[len(args) :], {name: new(name, value) for name, value in call.kwargs.items()})
+    def made(batch: int | None = None) -> Call:
+        args = tuple(new(name, value, batch) for name, value in zip(names, call.args, strict=False))
+        rest = call.args[len(args) :] if batch is None else _first_of(call.args[len(args) :], batch)
+        return Call(args + rest, {name: new(name, value, batch) for name, value in call.kwargs.items()})
+
     if positions[0] > LARGE and hidden[0].dim() > 2 and hidden[0].shape[0] > 1:
-        yield Call(*(_first_of(part, hidden[0].shape[0]) for part in (made.args, made.kwargs)))
-    yield made
+        yield made(hidden[0].shape[0])
+    yield made()
 
 
 def _is_drawn(name: str, value: Any) -> bool:

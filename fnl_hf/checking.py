@@ -1,6 +1,6 @@
 """What must hold before a model is changed, that it is plain and in memory, and after: that it gives the same."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -52,15 +52,19 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
+class OutputsDiffer(ValueError):
+    """A model gives other outputs than before it was changed."""
+
+
 def check_unchanged(model: nn.Module, recording: Recording) -> None:
-    """Raise a ValueError if a model no longer gives what was recorded of it."""
+    """Raise `OutputsDiffer` if a model no longer gives what was recorded of it."""
     for before, after in zip(recording.output, outputs_of(model, recording.inputs), strict=True):
         if not before.isfinite().all():  # no reference
             continue
         allowed = ROUNDING.get(before.dtype, COARSE_ROUNDING) * before.float().norm()
         changed = (after.float() - before.float()).norm()
         if not changed <= allowed:
-            raise ValueError(
+            raise OutputsDiffer(
                 f"the factorized {type(model).__name__} gives other outputs than before (one of shape "
                 f"{tuple(before.shape)} differs by {float(changed):.1e}, {float(allowed):.1e} is allowed), so it was "
                 "restored: something uses these weights in a way that no replay of its attention showed; leave such "
@@ -69,25 +73,22 @@ def check_unchanged(model: nn.Module, recording: Recording) -> None:
 
 
 @contextmanager
-def kept_on_error(model: nn.Module, products: Sequence[Factorization] = ()) -> Iterator[None]:
+def kept_on_error(model: nn.Module) -> Iterator[list[tuple[Factorization, list[torch.Tensor]]]]:
     """Within, an error puts every module and attribute of a model back in its place.
 
-    Args:
-        products: whose values are written within: these come back too, bit for bit.
+    Yields a list for (product, its factors before they are written), which come back too, bit for bit.
     """
     restore = snapshot(model)
     config = getattr(model, "config", None)
     stored = dict(vars(config)) if hasattr(config, "__dict__") else None
-    parameters = {p for product in products for view in product.views for p in (view.parameter, view.bias)} - {None}
-    values = {parameter: parameter.detach().clone() for parameter in parameters}
+    written: list[tuple[Factorization, list[torch.Tensor]]] = []
     try:
-        yield
+        yield written
     except BaseException:
         restore()
         if stored is not None:
             vars(config).clear()
             vars(config).update(stored)
-        with torch.no_grad():
-            for parameter, value in values.items():
-                parameter.copy_(value)
+        for product, factors in written:
+            product.write(factors)
         raise

@@ -124,6 +124,10 @@ class FNLConfig(QuantizationConfigMixin):
         rank = next(ranks, self.head_rank)
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
+    def is_full_rank(self) -> bool:
+        """Whether every product keeps its rank, whatever model it lies in."""
+        return isinstance(self.head_rank, float) and self.head_rank == 1.0 and not self.rank_pattern
+
     def attention_kinds(self) -> tuple[str, ...]:
         """Which kinds of products are asked for, in all of a model or in some places."""
         return tuple(kind for kind in ATTENTION_KINDS if any(_kind(name) == kind for name in self.attention))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .algebra import Form
-from .factorization import Factorization
 
 Sides = Sequence[Tensor | None] | None
 Initialization = Callable[[Form, Sequence[Tensor], int, Sides], Sequence[Tensor]]
@@ -35,6 +34,8 @@ INITIALIZATIONS: dict[str, Initialization] = {"spectral": spectral, "default": d
 
 
 @torch.no_grad()
-def initial_factors(product: Factorization, rank: int, init: str, sides: Sides = None) -> Sequence[Tensor]:
-    """New factors of a factorization by a named initialisation, biases appended."""
-    return INITIALIZATIONS[init](product.form, product.augmented(), rank, sides)
+def initial_factors(
+    form: Form, factors: Sequence[Tensor], rank: int, init: str, sides: Sides = None
+) -> Sequence[Tensor]:
+    """New factors in the place of ``Factorization.augmented`` ones, by a named initialisation."""
+    return INITIALIZATIONS[init](form, factors, rank, sides)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .calibration import moments
-from .checking import check_unchanged, kept_on_error, refuse_wrapped
+from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
 from .config import CALIBRATED, KEEP_THE_PRODUCT, FNLConfig
 from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
 from .initialization import initial_factors
@@ -15,7 +15,10 @@ from .messages import say
 from .plan import Plan, attach, detach, headline
 from .planning import nothing_found, plan_with_evidence
 from .proof import Evidence, Verification, declared_at, holders, prove
+from .replay import distance, new_basis
 from .saving import forget_plans, own_configs, save_under_any_names, save_under_own_names
+
+SAME_BASIS = 0.1  # relative change of a factor under which it is nearly the old one
 
 
 def factorize(
@@ -62,34 +65,14 @@ def factorize(
         )
     refuse_wrapped(model)
     _refuse_factorized(model)
-    planned, evidence = plan_with_evidence(model, config, verify)
-    if not planned.targets:
-        raise ValueError(nothing_found(model, config, planned))
-    sides = moments(model, planned.targets, calibration) if calibration is not None else {}
-    factors = {}
-    for target in planned.targets:
-        product = target.found(model)
-        for factor in product.augmented():
-            if not torch.isfinite(factor).all():
-                raise ValueError(
-                    f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
-                )
-        factors[target.name] = initial_factors(product, target.rank, config.init, sides.get(target.name))
-    checked = check and config.init in KEEP_THE_PRODUCT and evidence.recording
-    checked = checked and all(t.rank == t.found(model).full_rank for t in planned.targets)
-    with kept_on_error(model, [target.found(model) for target in planned.targets] if checked else ()):
-        install(model, config, planned)
-        products = list(declared(model))
-        for product in products:  # before the first one is written
-            given, wanted = ([tuple(f.shape) for f in some] for some in (factors[product.name], product.augmented()))
-            if given != wanted:
-                raise ValueError(
-                    f"{product.name}: init={config.init!r} gives factors of shapes {given}, and its layer has {wanted}"
-                )
-        for product in products:
-            product.write(factors[product.name])
-        if checked:
-            check_unchanged(model, evidence.recording)
+    # The check at the end is a change of basis of the whole model too: one in planning is only to say what fails it.
+    trusting = check and calibration is None and config.is_full_rank()
+    try:
+        planned = _factorized(model, config, verify, calibration, check, whole=not trusting)
+    except OutputsDiffer:
+        if not trusting:
+            raise
+        planned = _factorized(model, config, verify, calibration, check, whole=True)
     products = factorizations(model)
     sizes = [(product.kind, *product.size()) for product in products]
     say(headline(sizes, *parameter_counts(model, products), len(planned.skipped)))
@@ -163,6 +146,57 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _factorized(
+    model: nn.Module,
+    config: FNLConfig,
+    verify: Mapping | None,
+    calibration: Iterable[Mapping] | None,
+    check: bool,
+    whole: bool,
+) -> Plan:
+    """Factorize a model; ``whole``: what the whole model refutes is left out, rather than found by the check."""
+    planned, evidence = plan_with_evidence(model, config, verify, whole)
+    if not planned.targets:
+        raise ValueError(nothing_found(model, config, planned))
+    sides = moments(model, planned.targets, calibration) if calibration is not None else {}
+    kept = check and config.init in KEEP_THE_PRODUCT and evidence.recording
+    checked = kept and all(target.rank == target.found(model).full_rank for target in planned.targets)
+    factors, unmoved = {}, set()
+    for target in planned.targets:
+        product = target.found(model)
+        original = product.augmented()
+        for factor in original:
+            if not torch.linalg.vector_norm(factor, torch.inf).isfinite():
+                raise ValueError(
+                    f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
+                )
+        factors[target.name] = initial_factors(product.form, original, target.rank, config.init, sides.get(target.name))
+        if distance(factors[target.name][0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
+            unmoved.add(target.name)
+    with kept_on_error(model) as written:
+        install(model, config, planned)
+        products = list(declared(model))
+        for product in products:  # before the first one is written
+            given = [tuple(factor.shape) for factor in factors[product.name]]
+            wanted = [tuple(view.augmented(_shape_only).shape) for view in product.views]
+            if given != wanted:
+                raise ValueError(
+                    f"{product.name}: init={config.init!r} gives factors of shapes {given}, and its layer has {wanted}"
+                )
+        for product in products:
+            written.append((product, [factor.clone() for factor in product.augmented()]))
+            product.write(factors.pop(product.name))  # one set in memory beside the model's own, the new or the old
+        if checked:  # what is in its old basis shows nothing
+            with new_basis([product for product in products if product.name in unmoved]):
+                check_unchanged(model, evidence.recording)
+    return planned
+
+
+def _shape_only(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().to("meta")
 
 
 def _dense_leaves(model: nn.Module) -> dict[FactorLeaf, nn.Module]:

@@ -29,8 +29,14 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
     return plan_with_evidence(model, config, inputs)[0]
 
 
-def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> tuple[Plan, Evidence]:
-    """``plan``, and what it was proven by."""
+def plan_with_evidence(
+    model: nn.Module, config: FNLConfig, inputs: Mapping | None = None, whole: bool = True
+) -> tuple[Plan, Evidence]:
+    """``plan``, and what it was proven by.
+
+    Args:
+        whole: Leave out what a change of basis in the whole model refutes.
+    """
     found = [Candidate.of(offered, family) for family in FAMILIES.values() for offered in family.finder(model, config)]
     candidates, skipped = selected(found, config)
     options = [option for candidate in candidates for option in candidate.options]
@@ -45,7 +51,8 @@ def plan_with_evidence(model: nn.Module, config: FNLConfig, inputs: Mapping | No
             targets.append(target)
     _refuse_claimed_twice(targets)
     targets, shared = without_shared(model, targets)
-    refuted = refuted_by_the_whole(evidence, [target.found for target in targets if not target.found(model).lone])
+    products = [target.found for target in targets if not target.found(model).lone] if whole else []
+    refuted = refuted_by_the_whole(evidence, products)
     skipped += [Skip(target.name, target.kind, REFUTED) for target in targets if target.name in refuted]
     targets = [target for target in targets if target.name not in refuted]
     settled = []

@@ -75,6 +75,7 @@ class Evidence:
         self.model, self.inputs, self._leaves = model, inputs, set(leaves)
         self._owners = {name.rpartition(".")[0] for name in names}
         self.obstacle = ""  # why there is no recording
+        self._fingerprints: dict[str, tuple] = {}
         self._known: dict[tuple, Any] = {}
         self._stages: dict[tuple, Stage | Exception] = {}
 
@@ -103,7 +104,9 @@ class Evidence:
         return {ancestor for owner in self._owners for ancestor in _lineage(owner)[:REACH]} | self._leaves
 
     def _alike(self, name: str) -> tuple:
-        return fingerprint(self.model.get_submodule(name))
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprint(self.model.get_submodule(name))
+        return self._fingerprints[name]
 
     def chosen(self, options: Sequence[tuple[str, str, Found]], recorded_only: bool = False) -> tuple[int | None, str]:
         """(index of the first option that is exact, ""), or (None, why there is none; "" for a refutation).
@@ -165,7 +168,7 @@ class Evidence:
         """
         calls = self._recorded_calls(owner) if recorded_only else self._calls(owner, product)
         for i, (name, call) in enumerate(calls):
-            where = owner.removeprefix(name), fingerprint(self.model.get_submodule(name))
+            where = owner.removeprefix(name), self._alike(name)
             key = (question, *where, i, call.described())
             if key not in self._known:
                 stage = self._stage(name, call, i)
@@ -275,7 +278,7 @@ def refuted_by_the_whole(evidence: Evidence, found: Sequence[Found]) -> set[str]
     products = [each(model) for each in found]
 
     def moved(some: Sequence[Factorization]) -> float:
-        with new_basis(some, ("left", "right")):
+        with new_basis(some):
             return _changed(model, recording)
 
     allowed = ROUNDING.get(recording.output[0].dtype, COARSE_ROUNDING)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algebra.tensors import SIDES
 from .calls import Call, ProbeError, tensors_in
 from .factorization import Factorization
 
@@ -117,8 +118,9 @@ class Stage:
                 return Verdict(name, kind, change, 1.0)
             control = min(moved(_alternating(new, old)), moved(_alternating(old, new)))
             if control > MOVED:
-                large = (moved(_rescaled(new, scale)) for scale in (LARGE, 1 / LARGE))
-                change = max(change, *large)
+                for left, right in ((LARGE, 1 / LARGE), (LARGE**-2, LARGE**2)):  # large on the left, then on the right
+                    _rescale(new, left, right)
+                    change = max(change, moved(new))
         finally:
             product.write(old)
         return Verdict(name, kind, change, control, None if control > MOVED else UNREACHED)
@@ -129,10 +131,10 @@ def _alternating(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor
     return [(left, right)[i % 2][i] for i in range(len(left))]
 
 
-def _rescaled(factors: Sequence[Tensor], scale: float) -> list[Tensor]:
-    """The same product, of left factors ``scale`` times as large and right ones as much smaller."""
-    paired = len(factors) // 2 * 2
-    return [factor * (scale, 1 / scale)[i % 2] if i < paired else factor for i, factor in enumerate(factors)]
+def _rescale(factors: Sequence[Tensor], left: float, right: float) -> None:
+    """Multiply every left factor and every right one, in place: to allocate as much takes longer than all the rest."""
+    for i, factor in enumerate(factors[: len(factors) // 2 * 2]):
+        factor.mul_((left, right)[i % 2])
 
 
 @dataclass
@@ -140,7 +142,7 @@ class new_basis:  # noqa: N801
     """Within, these sides of products have a random new basis; then their old factors, bit for bit."""
 
     products: Sequence[Factorization]
-    sides: Sequence[str]
+    sides: Sequence[str] = SIDES
     originals: list[list[Tensor]] = field(default_factory=list)
 
     def __enter__(self):

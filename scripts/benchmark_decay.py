@@ -161,7 +161,7 @@ def main():
         "what is logged": timed(lambda: (measurements(products), gradient_norms(products, 0.01)), 3),
         "autograd through d x d products": timed(autograd_penalty(products), 3),
         "spectral init of all products": timed(
-            lambda: [initial_factors(product, product.tensors()[0].shape[-1], "spectral") for product in products], 3
+            lambda: [initial_factors(p.form, p.augmented(), p.size()[1], "spectral") for p in products], 3
         ),
         "SVD of each d x d product": timed(svd_of_each_product(products), 1, warmup=0),
     }

@@ -1,15 +1,18 @@
 """What planning, proof and `factorize` take: time and memory, for BERT-large and a 4-layer Llama of width 2048.
 
     python scripts/benchmark_factorize.py
-    python scripts/benchmark_factorize.py --json scripts/results/benchmark_factorize_cpu.json
+    python scripts/benchmark_factorize.py --against ../before --json scripts/results/benchmark_factorize_cpu.json
 
-Times are printed beside that of a forward of the recorded call. `verify` runs on BERT-base and 8 x 512 tokens beside a
-forward of those, each in a process of its own, whose peak memory is compared.
+Each figure is the median of some rounds, of a fresh process each; a second tree of this repository takes turns with
+this one. `factorize` stands beside a forward of inputs as short as those that it records, `verify` of BERT-base on
+8 x 512 tokens beside a forward of those. Memory is what the process held at most, above what it held before.
 """
 
 import argparse
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -19,7 +22,6 @@ import torch
 import transformers as tf
 
 import fnl_hf
-from fnl_hf.planning import plan
 
 MODELS = {
     "llama 4 x 2048": lambda: tf.LlamaModel(
@@ -47,31 +49,67 @@ def peak() -> float:
 
 @torch.no_grad()
 def of_factorize(name: str) -> dict[str, float]:
-    """Seconds of planning, of `factorize`, and of a forward as short as the recorded one; GB above the model."""
+    """Seconds of `factorize`, of the planning and proof in it, and of a forward as short as the recorded one."""
     model = MODELS[name]().eval()
-    inputs, before = {"input_ids": torch.randint(5, 900, (1, 9))}, peak()
+    inputs, before, planning = {"input_ids": torch.randint(5, 900, (1, 9))}, peak(), []
     model(**inputs)
     forward = min(seconds(model, **inputs) for _ in range(3))
-    planned = seconds(plan, model, fnl_hf.FNLConfig())
+    step = "plan_with_evidence" if hasattr(fnl_hf.patching, "plan_with_evidence") else "plan"  # of an older tree
+    plan = getattr(fnl_hf.patching, step)
+
+    def timed(*args, **kwargs):
+        started = time.perf_counter()
+        planned = plan(*args, **kwargs)
+        planning.append(time.perf_counter() - started)
+        return planned
+
+    setattr(fnl_hf.patching, step, timed)
     return {
-        "plan": planned,
         "factorize": seconds(fnl_hf.factorize, model),
+        "planning and proof": sum(planning),
         "forward": forward,
-        "peak GB above the model": peak() - before,
+        "GB": peak() - before,
     }
 
 
 @torch.no_grad()
-def of_verify(name: str, verify: bool) -> dict[str, float]:
-    """Seconds, and the most GB that the process held, of `verify` or of one forward on 8 x 512 tokens."""
+def of_verify(name: str) -> dict[str, float]:
+    """Seconds and GB of `verify` on 8 x 512 tokens."""
+    return _on_a_batch(name, lambda model, inputs: fnl_hf.verify(model, **inputs))
+
+
+@torch.no_grad()
+def of_forward(name: str) -> dict[str, float]:
+    """Seconds and GB of a forward of 8 x 512 tokens."""
+    return _on_a_batch(name, lambda model, inputs: model(**inputs))
+
+
+def _on_a_batch(name, run) -> dict[str, float]:
     model = fnl_hf.factorize(MODELS[name]()).eval()
     inputs = {"input_ids": torch.randint(5, 900, (8, 512))}
-    taken = seconds(fnl_hf.verify, model, **inputs) if verify else seconds(model, **inputs)
-    return {"seconds": taken, "peak GB": peak()}
+    model(**{"input_ids": inputs["input_ids"][:1]})
+    return {"seconds": seconds(run, model, inputs), "peak GB": peak()}
+
+
+MEASUREMENTS = {"factorize": of_factorize, "forward": of_forward, "verify": of_verify}
+
+
+def measured(what: str, model: str, tree: Path) -> dict[str, float]:
+    """One measurement in a fresh process, of the package that lies in ``tree``."""
+    command = [sys.executable, __file__, "--one", what, model]
+    environment = os.environ | {"PYTHONPATH": str(tree.resolve())}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return json.loads(printed.splitlines()[-1])
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each figure (default: %(default)s)")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another tree of this repository to compare with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "MODEL"), help="one measurement, as JSON, in this process")
     options = parser.parse_args()
@@ -79,22 +117,27 @@ def main() -> None:
     torch.manual_seed(0)
     if options.one:
         what, name = options.one
-        print(json.dumps(of_factorize(name) if what == "factorize" else of_verify(name, what == "verify")))
+        print(json.dumps(MEASUREMENTS[what](name)))
         return
+    trees = {"now": Path(__file__).parent.parent} | ({"before": options.against} if options.against else {})
     figures = {}
     for what, name in (
         ("factorize", "llama 4 x 2048"), ("factorize", "bert-large"), ("forward", "bert-base"), ("verify", "bert-base"),
     ):  # fmt: skip
-        command = [sys.executable, __file__, "--one", what, name]
-        figures[f"{what} {name}"] = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        )
-        print(f"{what} {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in figures[f"{what} {name}"].items()))
-    forward, verified = figures["forward bert-base"], figures["verify bert-base"]
+        rounds = {tree: [] for tree in (trees if what == "factorize" else ["now"])}
+        for _ in range(options.rounds):
+            for tree in rounds:
+                rounds[tree].append(measured(what, name, trees[tree]))
+        for tree, values in rounds.items():
+            figures[f"{what} {name}, {tree}"] = medians(values)
+            line = ", ".join(f"{key} {value:.2f}" for key, value in figures[f"{what} {name}, {tree}"].items())
+            print(f"{what} {name}, {tree}: {line}", flush=True)
+    forward, verified = figures["forward bert-base, now"], figures["verify bert-base, now"]
     ratios = {key: verified[key] / forward[key] for key in forward}
     print("verify / forward: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
     if options.json:
-        options.json.write_text(json.dumps({"figures": figures, "verify / forward": ratios}, indent=2) + "\n")
+        written = {"rounds": options.rounds, "figures": figures, "verify / forward": ratios}
+        options.json.write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

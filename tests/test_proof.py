@@ -421,6 +421,17 @@ def test_a_product_that_another_module_reads_is_left_dense():
     assert len(fnl_hf.factorizations(model)) == 3 and relative(first_output(model, TEXT), before) < 1e-4
 
 
+@pytest.mark.parametrize("init", ["default", "spectral"])
+def test_it_is_left_dense_where_its_factors_stay_what_they_are(init):
+    """The check after writing would show nothing of a product in its old basis: of balanced factors, say."""
+    balanced = fnl_hf.to_dense(fnl_hf.factorize(randomised(tf.BertModel(tf.BertConfig(**BERT)))))
+    model = Sneaky(tf.BertConfig(**BERT))
+    model.load_state_dict(balanced.state_dict(), strict=False)
+    before = first_output(model, TEXT)
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(init=init))
+    assert len(fnl_hf.factorizations(model)) == 3 and relative(first_output(model, TEXT), before) < 1e-4
+
+
 def test_a_model_that_would_change_is_restored(monkeypatch):
     monkeypatch.setattr("fnl_hf.planning.refuted_by_the_whole", lambda *_: set())
     model = randomised(Sneaky(tf.BertConfig(**BERT)))
@@ -445,7 +456,9 @@ def test_an_interruption_restores_structure_and_values():
     model = nn.Sequential(Attention(), nn.Linear(16, 2))
     state, text = copy.deepcopy(model.state_dict()), repr(model)
     (target, _) = fnl_hf.planning.plan(model, fnl_hf.FNLConfig()).targets
-    with pytest.raises(KeyboardInterrupt), kept_on_error(model, [target.found(model)]):
+    with pytest.raises(KeyboardInterrupt), kept_on_error(model) as written:
+        product = target.found(model)
+        written.append((product, [factor.detach().clone() for factor in product.augmented()]))
         model[1], model.extra, model[0].num_heads = nn.Identity(), nn.Linear(2, 2), 5
         nn.init.zeros_(target.found(model).views[0].parameter)
         raise KeyboardInterrupt

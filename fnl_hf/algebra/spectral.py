@@ -70,8 +70,7 @@ def _by_qr(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[
 
 def _gauges_from_grams(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
     """The r x rank and rank x r changes of basis that balance a product, or None where Grams lose too many digits."""
-    double = left.double(), right.double()
-    grams = double[0].mT @ double[0], double[1] @ double[1].mT
+    grams = _gram(left), _gram(right.mT)
     (chol_left, chol_right), infos = zip(*(torch.linalg.cholesky_ex(gram) for gram in grams), strict=True)
     if any(info.any() for info in infos):
         return None
@@ -88,6 +87,12 @@ def _gauges_from_grams(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, 
     left_gauge = inverses[0].mT @ (p[..., :rank] * root[..., None, :])  # (*batch, r, rank)
     right_gauge = (root[..., :, None] * qt[..., :rank, :]) @ inverses[1]  # (*batch, rank, r)
     return left_gauge.to(left.dtype), right_gauge.to(right.dtype)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """AᵀA in float64, of some matrices of a batch at a time: converted all at once, they no longer fit in the cache."""
+    parts = matrix.split(4) if matrix.dim() > 2 else [matrix]
+    return torch.cat([part.mT @ part for part in map(Tensor.double, parts)])
 
 
 def _split(left: Tensor, sigma: Tensor, right: Tensor, rank: int, scale: Tensor | None, dtype: torch.dtype):
