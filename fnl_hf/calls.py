@@ -88,13 +88,17 @@ class Recording:
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Every floating-point tensor that a model returns, in evaluation mode; modes and random state come back."""
+    """Every floating-point tensor that a model returns, in evaluation mode; modes and random state come back.
+
+    It is given copies of the inputs: SAM 3, for one, writes into the lists that it gets.
+    """
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    inputs = ({"use_cache": False} if takes_cache else {}) | {name: _copied(inputs[name], None) for name in inputs}
     with as_it_was(model):
         model.eval()
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(0)
-            return list(tensors_in(model(**({"use_cache": False} if takes_cache else {}) | dict(inputs))))
+            return list(tensors_in(model(**inputs)))
 
 
 @contextmanager

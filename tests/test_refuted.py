@@ -129,3 +129,19 @@ def test_what_is_no_model_is_named():
         fnl_hf.factorize(nn.Sequential(Answering()), verify=torch.ones(2, 5, 16))
     with pytest.raises((TypeError, ValueError), match="inputs"):
         fnl_hf.verify(model)
+
+
+class Consuming(tf.BertModel):
+    """Writes into what it is given, as SAM 3 replaces the features in the list that it gets."""
+
+    def forward(self, layers=None, **kwargs):
+        layers[0] = layers[0] + 1
+        return super().forward(inputs_embeds=layers[0], **kwargs)
+
+
+def test_a_model_that_writes_into_its_inputs_gets_copies_of_them():
+    model, given = randomised(Consuming(tf.BertConfig(**BERT))), [torch.randn(1, 7, 32)]
+    kept = given[0].clone()
+    fnl_hf.factorize(model, verify={"layers": given})
+    assert kinds(model) == ["ov", "ov", "qk", "qk"]
+    assert fnl_hf.verify(model, layers=given) and torch.equal(given[0], kept)
