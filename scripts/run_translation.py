@@ -21,20 +21,19 @@ Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}},
     python scripts/run_translation.py --train_source train.fr --train_target train.en --test_source test.fr \\
         --test_target test.en --source_lang fr --target_lang en --vocab_size 8000 --output_dir runs/fr
 
-Fine-tuning a pretrained checkpoint; the default learning rate is one for training from scratch:
+Fine-tuning a pretrained checkpoint; languages, T5's prefix and the first token are set for it and stored with it:
 
-    python scripts/run_translation.py --model_name_or_path path/to/opus-mt-de-en --learning_rate 3e-5 \\
-        --max_tokens 2000 --max_steps 500 --output_dir runs/opus
-    python scripts/run_translation.py --model_name_or_path path/to/t5-small --learning_rate 1e-4 \\
-        --source_prefix "translate German to English: " --output_dir runs/t5
+    python scripts/run_translation.py --model_name_or_path path/to/opus-mt-de-en --max_steps 500 --output_dir runs/opus
+    python scripts/run_translation.py --model_name_or_path path/to/nllb-200-distilled-600M --train_file train.json \\
+        --source_lang de --target_lang en --learning_rate 3e-5 --max_tokens 2000 --output_dir runs/nllb
 """
 
 import time
 
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -53,14 +52,19 @@ from fnl_hf.tasks.running import (
 from fnl_hf.tasks.translation import (
     DataArguments,
     Pair,
+    TranslationCollator,
     TranslationTrainer,
     encode,
     hub_metric,
     metric_scores,
     new_marian,
+    own_dropout,
     parse_arguments,
+    prefix_of,
     read_corpus,
     sacrebleu_score,
+    set_first_token,
+    set_languages,
     steps_of_epochs,
     train_tokenizer,
     translate,
@@ -95,7 +99,8 @@ def score(job: Job, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], data_
 def translate_input(data_args: DataArguments, output_dir: str) -> None:
     """Print the translations of the sentences that the user gave, by the model of a finished run."""
     model, tokenizer = load_trained(AutoModelForSeq2SeqLM, output_dir)
-    inputs = [data_args.source_prefix + sentence for sentence in given_lines(data_args.translate)]
+    prefix = data_args.source_prefix or getattr(model.config, "prefix", None) or ""
+    inputs = [prefix + sentence for sentence in given_lines(data_args.translate)]
     for translation in translate(model, tokenizer, inputs, data_args.num_beams, data_args.max_length, progress=False):
         print(translation)
 
@@ -111,6 +116,11 @@ def main() -> None:
     metric = hub_metric(data_args.metric) if data_args.metric else None
     if pretrained := job.checkpoint or model_args.model_name_or_path:
         tokenizer = load(AutoTokenizer, pretrained)
+        set_languages(tokenizer, data_args.source_lang, data_args.target_lang)
+        config = load(AutoConfig, pretrained)
+        data_args.source_prefix = data_args.source_prefix or prefix_of(
+            tokenizer, config, data_args.source_lang, data_args.target_lang
+        )
     else:
         texts = (sentence for pair in pairs["train"] for sentence in pair)
         tokenizer = train_tokenizer(texts, model_args.vocab_size, data_args.max_length)
@@ -120,11 +130,16 @@ def main() -> None:
     job.announce()
 
     set_seed(args.seed)
-    sizes = {name: getattr(model_args, name) for name in ("d_model", "layers", "heads", "ffn_dim", "dropout")}
-    sizes["max_length"] = data_args.max_length
+    sizes = {name: getattr(model_args, name) for name in ("d_model", "layers", "heads", "ffn_dim")}
+    sizes |= {"dropout": model_args.dropout or 0.0, "max_length": data_args.max_length}
     model = job.finished_model() or job.pretrained_or_new(
-        lambda: new_marian(tokenizer, **sizes), tokenizer, data_args.max_length, "--max_length"
+        lambda: new_marian(tokenizer, **sizes),
+        tokenizer,
+        data_args.max_length,
+        "--max_length",
+        **(own_dropout(config, model_args.dropout) if pretrained else {}),
     )
+    set_first_token(model, tokenizer, data_args.source_prefix)
     job.check(model)
     say(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
@@ -133,8 +148,7 @@ def main() -> None:
         model=model,
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("validation"),
-        # label smoothing takes the labels from the model, so the decoder's inputs come from the collator
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        data_collator=TranslationCollator.of(model, tokenizer),
         processing_class=tokenizer,
     )
     if metrics := job.train():

@@ -80,7 +80,7 @@ class Job:
         return load(self.auto_class, best or self.checkpoint)
 
     def pretrained_or_new(
-        self, new: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, length: int, flags: str
+        self, new: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, length: int, flags: str, **options
     ) -> PreTrainedModel:
         """The model to start from, factorized if that is asked for and the checkpoint is not so already.
 
@@ -88,6 +88,7 @@ class Job:
             new: makes a model where no --model_name_or_path is given.
             length: tokens that a pretrained model must take.
             flags: the arguments that lower the length.
+            options: of the pretrained model's config, where they are to be other ones.
 
         Raises:
             InputError: the checkpoint cannot be loaded or does not fit, or the model cannot be made or factorized.
@@ -95,7 +96,7 @@ class Job:
         path = self.model_args.model_name_or_path
         with one_line_errors(ValueError):
             if path:
-                model = load(self.auto_class, path, dtype=torch.float32)
+                model = load(self.auto_class, path, dtype=torch.float32, **options)
                 check_fit(model, tokenizer, length, flags)
             else:
                 model = new()

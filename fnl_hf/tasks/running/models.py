@@ -64,6 +64,9 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length
 
 def longest_input(config: PreTrainedConfig) -> int | None:
     """How many tokens the positions of a model allow; None where its config does not say."""
+    if config.model_type == "encoder-decoder":
+        both = [longest_input(part) for part in (config.encoder, config.decoder)]
+        return min(filter(None, both), default=None)
     # RoBERTa and its kin count positions from the padding token's id on
     offset = config.pad_token_id + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0
     longest = getattr(config, "max_position_embeddings", None)

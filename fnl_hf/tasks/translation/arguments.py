@@ -6,7 +6,7 @@ import torch
 
 from fnl_hf import FNLSeq2SeqTrainingArguments
 
-from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse
+from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse, say
 
 
 @dataclass
@@ -23,7 +23,12 @@ class ModelArguments(FactorizationArguments):
     heads: int = field(default=4, metadata={"help": "Heads of every attention."})
     ffn_dim: int = field(default=512, metadata={"help": "Width of the feed-forward layers."})
     # None by default: in the four passes of the default run the model does not overfit (0.1 costs 2 BLEU)
-    dropout: float = field(default=0.0, metadata={"help": "Dropout after every sub-layer; 0.1 for longer training."})
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dropout after every sub-layer; if not given 0 (0.1 is for longer training), or the checkpoint's."
+        },
+    )
 
 
 @dataclass
@@ -56,6 +61,10 @@ class DataArguments:
     )
 
 
+FROM_SCRATCH = {"learning_rate": 2e-3, "warmup_steps": 250}
+FINE_TUNING = {"learning_rate": 5e-5, "warmup_steps": 0.05}
+
+
 @dataclass
 class TranslationArguments(FNLSeq2SeqTrainingArguments):
     """Training arguments with the defaults of the German-English run, and the size of a batch."""
@@ -66,9 +75,14 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     num_train_epochs: float = field(
         default=0.0, metadata={"help": "Passes over the corpus, in place of max_steps; 0: max_steps counts."}
     )
-    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate at the end of the warmup."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate at the end of the warmup; 2e-3, or 5e-5 for a checkpoint."}
+    )
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=250, metadata={"help": "Steps of linear warmup."})
+    warmup_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps of linear warmup, or their share of all; 250, or 0.05 for a checkpoint."},
+    )
     adam_beta2: float = field(default=0.98, metadata={"help": "Second beta of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights, and of factorizations."})
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
@@ -84,7 +98,14 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     def __post_init__(self):
         if self.num_train_epochs > 0:
             self.max_steps = -1
+        self.unset = [name for name in FROM_SCRATCH if getattr(self, name) is None]
+        self.set_unset(FROM_SCRATCH)
         super().__post_init__()
+
+    def set_unset(self, values: dict[str, float]) -> None:
+        """Give what the user did not give other values."""
+        for name in self.unset:
+            setattr(self, name, values[name])
 
 
 def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, TranslationArguments]:
@@ -93,6 +114,11 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, Tr
     check_arguments(args)
     check_factorization(model_args, args)
     check_steps(args)
+    if model_args.model_name_or_path:
+        args.set_unset(FINE_TUNING)
+        warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} of the steps"
+        dropout = "its own dropout" if model_args.dropout is None else f"dropout {model_args.dropout:g}"
+        say(f"Fine-tuning with learning rate {args.learning_rate:g}, warmup over {warmup}, {dropout}.")
     if args.load_best_model_at_end and args.average_checkpoints > 1:
         raise InputError("--load_best_model_at_end is one checkpoint, not their mean. Add --average_checkpoints 1.")
     if data_args.source_lang == data_args.target_lang:

@@ -13,6 +13,7 @@ from fnl_hf import FNLSeq2SeqTrainer
 from ..running import InputError
 from .arguments import DataArguments
 from .corpus import Pair
+from .languages import target_ids
 
 Length = tuple[int, int]  # tokens of source and of target
 
@@ -21,8 +22,8 @@ def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, data_args: Dat
     """Token ids of both sides, in columns `input_ids` and `labels`."""
     limits = {"truncation": True, "max_length": data_args.max_length}
     sources = tokenizer([data_args.source_prefix + source for source, _ in pairs], **limits)
-    targets = tokenizer(text_target=[target for _, target in pairs], **limits)
-    return Dataset.from_dict({"input_ids": sources["input_ids"], "labels": targets["input_ids"]})
+    labels = target_ids(tokenizer, [target for _, target in pairs], **limits)
+    return Dataset.from_dict({"input_ids": sources["input_ids"], "labels": labels})
 
 
 class TokenBatchSampler(BatchSampler):

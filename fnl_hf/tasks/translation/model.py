@@ -1,7 +1,9 @@
-"""The small encoder-decoder Transformer that the translation script trains from scratch."""
+"""The small encoder-decoder Transformer that the translation script trains from scratch; dropout of other ones."""
 
 from torch import nn
-from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, MarianConfig, MarianMTModel, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..running import InputError
 
 
 def new_marian(
@@ -49,6 +51,19 @@ def new_marian(
     )
     xavier_init_(model)
     return model
+
+
+def own_dropout(config: PreTrainedConfig, dropout: float | None) -> dict[str, float]:
+    """What to load a checkpoint with for another dropout than its own; nothing for None.
+
+    Raises:
+        InputError: its config has no dropout, or several.
+    """
+    if dropout is None:
+        return {}
+    if not (names := [name for name in ("dropout", "dropout_rate") if hasattr(config, name)]):
+        raise InputError(f"--dropout {dropout:g}: a {config.model_type} has no one dropout. Set it in its config.json.")
+    return {names[0]: dropout}
 
 
 def xavier_init_(model: MarianMTModel) -> None:
