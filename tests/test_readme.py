@@ -102,3 +102,16 @@ def test_what_the_readme_quotes_is_in_the_tables():
         assert shown.format(sum(any(slot in kind for kind in row["products"]) for row in attention)) in text
     clean = [row for row in attention if not row["wrong"] and not row["missed"]]
     assert f"in {len(clean)} of the {len(attention)} model types" in text
+
+
+def test_every_flag_of_the_table_for_fairseq_users_exists():
+    from transformers import HfArgumentParser
+
+    from fnl_hf.tasks.translation import DataArguments, ModelArguments, TranslationArguments
+
+    parser = HfArgumentParser((ModelArguments, DataArguments, TranslationArguments))
+    known = {option for action in parser._actions for option in action.option_strings}
+    table = README.read_text().split("### Coming from fairseq")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    ours = {flag for row in rows for flag in re.findall(r"--\w+", row[1])}
+    assert len(rows) > 15 and len(ours) > 30 and not ours - known
