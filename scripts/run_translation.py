@@ -27,19 +27,35 @@ Fine-tuning a pretrained checkpoint; the default learning rate is one for traini
         --max_tokens 2000 --max_steps 500 --output_dir runs/opus
     python scripts/run_translation.py --model_name_or_path path/to/t5-small --learning_rate 1e-4 \\
         --source_prefix "translate German to English: " --output_dir runs/t5
+
+The best checkpoint by BLEU in validation, until six evaluations in a row find no better one:
+
+    python scripts/run_translation.py --predict_with_generate --eval_strategy steps --eval_steps 100 \\
+        --metric_for_best_model bleu --load_best_model_at_end --average_checkpoints 1 --early_stopping_patience 6 \\
+        --output_dir runs/best
+
+Scoring a finished run on another test set, with two references; results go to runs/best/test-news:
+
+    python scripts/run_translation.py --do_train false --test_source news.de --test_target news.a.en news.b.en \\
+        --num_beams 8 --length_penalty 0.6 --output_dir runs/best
 """
 
 import time
+from pathlib import Path
+from typing import Any
 
+from evaluate import EvaluationModule
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from fnl_hf.tasks.running import (
+    InputError,
     Job,
     average_checkpoints_,
     complete_checkpoints,
@@ -52,7 +68,11 @@ from fnl_hf.tasks.running import (
 )
 from fnl_hf.tasks.translation import (
     DataArguments,
+    ModelArguments,
     Pair,
+    Patience,
+    References,
+    TranslationArguments,
     TranslationTrainer,
     encode,
     hub_metric,
@@ -60,54 +80,88 @@ from fnl_hf.tasks.translation import (
     new_marian,
     parse_arguments,
     read_corpus,
-    sacrebleu_score,
+    read_references,
+    read_split,
+    sacrebleu_scores,
     steps_of_epochs,
     train_tokenizer,
     translate,
+    write_translations,
 )
 
 
-def score(job: Job, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], data_args: DataArguments, metric) -> None:
-    """Translate the test set; print, save and log its scores and five translations."""
-    sources, references = zip(*pairs, strict=True)
+def score(
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    references: References,
+    data_args: DataArguments,
+    metric: EvaluationModule | None,
+) -> None:
+    """Translate the test set, on all processes; print, save and log its scores and five translations."""
+    sources = [source for source, _ in pairs]
     started = time.monotonic()
-    translations = translate(
-        job.trainer.model,
-        tokenizer,
-        [data_args.source_prefix + source for source in sources],
-        num_beams=data_args.num_beams,
-        max_length=data_args.max_length,
-        batch_size=job.args.per_device_eval_batch_size,
-    )
-    bleu, signature = sacrebleu_score(translations, references)
-    metrics = {"test_bleu": bleu, "test_bleu_signature": signature, "test_samples": len(pairs)}
-    metrics["test_runtime"] = round(time.monotonic() - started, 2)  # seconds
+    options = {**data_args.search, "progress": not job.args.disable_tqdm}
+    translations = translate(job.trainer.model, tokenizer, sources, **options)
+    seconds = time.monotonic() - started
+    if not job.trainer.is_world_process_zero():
+        return
+    scores = sacrebleu_scores(translations, references, data_args.target_lang)
+    metrics: dict[str, Any] = {f"test_{name}": value for name, value in scores.items()}
+    metrics |= {"test_samples": len(pairs), "test_references": len(references)}
+    metrics |= {"test_runtime": round(seconds, 2), "test_samples_per_second": round(len(pairs) / seconds, 2)}
     job.report("test", metrics)
     write_text(job.output_dir / "generated_predictions.txt", "".join(f"{line}\n" for line in translations))
+    write_translations(job.output_dir / "test_translations.tsv", sources, references, translations)
     for i in range(0, len(pairs), max(1, len(pairs) // 5))[:5]:
-        print(f"\n  source       {sources[i]}\n  reference    {references[i]}\n  translation  {translations[i]}")
-    print(f"\nBLEU {bleu:.2f} on {len(pairs)} sentences ({signature})")
+        print(f"\n  source       {sources[i]}\n  reference    {references[0][i]}\n  translation  {translations[i]}")
+    print(f"\nBLEU {scores['bleu']:.2f} on {len(pairs)} sentences ({scores['bleu_signature']})")
+    print(f"chrF {scores['chrf']:.2f} ({scores['chrf_signature']})")
     if metric is not None:
-        scores = metric_scores(metric, translations, references)
-        job.report("test", metrics | {f"test_{name}": value for name, value in scores.items()})
+        own = metric_scores(metric, translations, references)
+        job.report("test", metrics | {f"test_{name}": value for name, value in own.items()})
+
+
+def score_finished(model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments) -> None:
+    """Score the model of a finished run on a test set; what it had there stays: results get a folder of their own."""
+    files = {kind: getattr(data_args, f"test_{kind}") for kind in ("file", "source", "target")}
+    pairs = read_split("test", data_args.source_lang, data_args.target_lang, **files)[: data_args.max_eval_samples]
+    references = read_references(data_args, pairs)
+    metric = hub_metric(data_args.metric) if data_args.metric else None
+    model, tokenizer = load_trained(AutoModelForSeq2SeqLM, args.output_dir)
+    given = files["file"] or files["source"]
+    name = Path(given).name.split(".")[0] if given else "shipped"
+    args.output_dir, args.eval_strategy = str(Path(args.output_dir) / f"test-{name}"), "no"
+    job = Job(AutoModelForSeq2SeqLM, model_args, args, trains=False)
+    job.make_trainer(TranslationTrainer, model=model, processing_class=tokenizer)
+    score(job, tokenizer, pairs, references, data_args, metric)
+    job.report_resources()
 
 
 def translate_input(data_args: DataArguments, output_dir: str) -> None:
     """Print the translations of the sentences that the user gave, by the model of a finished run."""
+    sentences = given_lines(data_args.translate)
     model, tokenizer = load_trained(AutoModelForSeq2SeqLM, output_dir)
-    inputs = [data_args.source_prefix + sentence for sentence in given_lines(data_args.translate)]
-    for translation in translate(model, tokenizer, inputs, data_args.num_beams, data_args.max_length, progress=False):
-        print(translation)
+    for translation in translate(model, tokenizer, sentences, **data_args.search, progress=False):
+        say(translation)
 
 
 def main() -> None:
     model_args, data_args, args = parse_arguments(__doc__)
     if data_args.translate:
         return translate_input(data_args, args.output_dir)
+    if not args.do_train:
+        return score_finished(model_args, data_args, args)
 
     # Whatever may be wrong with the input is found before anything is trained or written
     job = Job(AutoModelForSeq2SeqLM, model_args, args)
     pairs = read_corpus(data_args)
+    references = read_references(data_args, pairs.get("test", []))
+    if args.predict_with_generate and "validation" not in pairs:
+        raise InputError(
+            "--predict_with_generate scores a validation set, and there is none. Give --validation_file, or "
+            "--validation_source and --validation_target."
+        )
     metric = hub_metric(data_args.metric) if data_args.metric else None
     if pretrained := job.checkpoint or model_args.model_name_or_path:
         tokenizer = load(AutoTokenizer, pretrained)
@@ -128,6 +182,12 @@ def main() -> None:
     job.check(model)
     say(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
+    def score_validation(model: PreTrainedModel) -> dict[str, float | str]:
+        sources, targets = map(list, zip(*pairs["validation"], strict=True))
+        translations = translate(model, tokenizer, sources, **data_args.search, progress=False)
+        return sacrebleu_scores(translations, [targets], data_args.target_lang)
+
+    patience = args.early_stopping_patience
     trainer = job.make_trainer(
         TranslationTrainer,
         model=model,
@@ -136,19 +196,24 @@ def main() -> None:
         # label smoothing takes the labels from the model, so the decoder's inputs come from the collator
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
+        callbacks=[Patience(patience)] if patience else [],
+        score_validation=score_validation,
     )
     if metrics := job.train():
         # The Trainer counts samples by a fixed batch size, which batches of tokens do not have
         job.report("train", {key: value for key, value in metrics.items() if "samples" not in key})
     if args.average_checkpoints > 1:
-        average_checkpoints_(model, complete_checkpoints(job.output_dir, model.config)[-args.average_checkpoints :])
+        last = complete_checkpoints(job.output_dir, model.config)[-args.average_checkpoints :]
+        if len(last) < args.average_checkpoints:
+            say(f"averaging {len(last)} checkpoints, {args.average_checkpoints} were asked for")
+        average_checkpoints_(model, last)
     job.save()
     if "validation" in datasets:
         job.report("eval", trainer.evaluate())
     if "test" not in pairs:
         say("Not scored: give --test_file, or --test_source and --test_target.")
-    elif trainer.is_world_process_zero():
-        score(job, tokenizer, pairs["test"], data_args, metric)
+    else:
+        score(job, tokenizer, pairs["test"], references, data_args, metric)
     job.report_resources()
 
 
