@@ -138,10 +138,12 @@ def score_finished(model_args: ModelArguments, data_args: DataArguments, args: T
     job.report_resources()
 
 
-def translate_input(data_args: DataArguments, output_dir: str) -> None:
+def translate_input(data_args: DataArguments, args: TranslationArguments) -> None:
     """Print the translations of the sentences that the user gave, by the model of a finished run."""
+    if args.world_size > 1:  # each would read a part of standard input
+        raise InputError(f"--translate is for one process, and these are {args.world_size}. Start it without torchrun.")
     sentences = given_lines(data_args.translate)
-    model, tokenizer = load_trained(AutoModelForSeq2SeqLM, output_dir)
+    model, tokenizer = load_trained(AutoModelForSeq2SeqLM, args.output_dir)
     for translation in translate(model, tokenizer, sentences, **data_args.search, progress=False):
         say(translation)
 
@@ -149,7 +151,7 @@ def translate_input(data_args: DataArguments, output_dir: str) -> None:
 def main() -> None:
     model_args, data_args, args = parse_arguments(__doc__)
     if data_args.translate:
-        return translate_input(data_args, args.output_dir)
+        return translate_input(data_args, args)
     if not args.do_train:
         return score_finished(model_args, data_args, args)
 

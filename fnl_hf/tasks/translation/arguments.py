@@ -62,7 +62,7 @@ class DataArguments:
         default=None, metadata={"help": "Tokens of a translation at least. Not given: the checkpoint's."}
     )
     eval_max_tokens: int = field(
-        default=8000, metadata={"help": "Source tokens of a batch in translating, padding included, times beams."}
+        default=4000, metadata={"help": "Source tokens of a batch in translating, padding included, times beams."}
     )
     metric: str | None = field(
         default=None, metadata={"help": "Also score with this metric of evaluate: a name on the hub or a script."}

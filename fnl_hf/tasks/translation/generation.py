@@ -17,7 +17,7 @@ def translate(
     length_penalty: float | None = None,
     min_length: int | None = None,
     max_length: int = 128,
-    max_tokens: int = 8000,
+    max_tokens: int = 4000,
     prefix: str = "",
     progress: bool = True,
 ) -> list[str]:
