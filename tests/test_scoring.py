@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import DataCollatorForSeq2Seq
 
 import fnl_hf.tasks.translation as wing
 from fnl_hf.tasks.running import InputError, average_checkpoints_, checkpoints, given_lines, is_finished
@@ -332,6 +333,23 @@ def test_validation_has_the_scores_of_the_test(monkeypatch, tmp_path, pairs):
     rows = (tmp_path / "out" / "test_translations.tsv").read_text().splitlines()
     translations = (tmp_path / "out" / "generated_predictions.txt").read_text().splitlines()
     assert rows[1:] == ["\t".join((*pair, text)) for pair, text in zip(pairs[:6], translations, strict=True)]
+
+
+def test_only_the_evaluation_of_the_trainers_own_dataset_has_scores(model, tokenizer, pairs, tmp_path):
+    rows = wing.encode(pairs, tokenizer, DataArguments(max_length=40))
+    args = wing.TranslationArguments(output_dir=str(tmp_path), predict_with_generate=True, report_to="none")
+    trainer = wing.TranslationTrainer(
+        model=model,
+        args=args,
+        eval_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        score_validation=lambda model: {"bleu": 7.0, "bleu_signature": "x"},
+    )
+    own = trainer.evaluate()
+    assert own["eval_bleu"] == 7.0 and own["eval_bleu_signature"] == "x" and own["eval_loss"] > 0
+    assert "eval_bleu" in trainer.state.log_history[-1] and "eval_bleu_signature" not in trainer.state.log_history[-1]
+    assert not [name for name in trainer.evaluate(rows) if "bleu" in name]
+    assert not [name for name in trainer.predict(rows, max_length=8).metrics if "bleu" in name]
 
 
 def test_the_best_by_bleu_is_kept_and_patience_ends_the_run(monkeypatch, tmp_path, capsys):

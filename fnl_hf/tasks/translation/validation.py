@@ -11,28 +11,31 @@ class ScoredValidation:
     """The part of a trainer that adds scores to the loss of `evaluate`, with `args.predict_with_generate`.
 
     Args:
-        score_validation: makes the scores of a model, the same on every process. Its texts, such as signatures, are
-            returned but not logged.
+        score_validation: makes the scores of a model on the text of `eval_dataset`, the same on every process. Those
+            that are text, such as signatures, are returned but not logged.
     """
 
     def __init__(self, *args, score_validation: Callable[[PreTrainedModel], Scores] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self._score_validation = score_validation
-        self._texts: Scores = {}
+        self._scores: Scores | None = None  # of the evaluation that runs; None: it has no scores
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> Scores:
+        """As in `Seq2SeqTrainer`, with the scores. Another dataset than the trainer's own has none."""
+        scored = self.args.predict_with_generate and self._score_validation is not None and eval_dataset is None
+        self._scores = {} if scored else None
+        metrics = super().evaluate(eval_dataset, *args, **kwargs) | (self._scores or {})
+        self._scores = None
+        return metrics
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in `Trainer`. The scores join the loss here, before callbacks and the search for the best see it."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.args.predict_with_generate and self._score_validation is not None:
+        if self._scores is not None:
             scores = self._score_validation(self.model)
-            named = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-            self._texts = {name: value for name, value in named.items() if isinstance(value, str)}
-            output.metrics.update({name: value for name, value in named.items() if name not in self._texts})
+            self._scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            output.metrics.update({name: value for name, value in self._scores.items() if not isinstance(value, str)})
         return output
-
-    def evaluate(self, *args, **kwargs) -> Scores:
-        """As in `Seq2SeqTrainer`, with the texts of the scores."""
-        return super().evaluate(*args, **kwargs) | self._texts
 
 
 class Patience(EarlyStoppingCallback):
