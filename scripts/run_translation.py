@@ -74,6 +74,7 @@ from fnl_hf.tasks.translation import (
     References,
     TranslationArguments,
     TranslationTrainer,
+    bleu_for,
     encode,
     hub_metric,
     metric_scores,
@@ -127,6 +128,7 @@ def score_finished(model_args: ModelArguments, data_args: DataArguments, args: T
     files = {kind: getattr(data_args, f"test_{kind}") for kind in ("file", "source", "target")}
     pairs = read_split("test", data_args.source_lang, data_args.target_lang, **files)[: data_args.max_eval_samples]
     references = read_references(data_args, pairs)
+    bleu_for(data_args.target_lang)
     metric = hub_metric(data_args.metric) if data_args.metric else None
     model, tokenizer = load_trained(AutoModelForSeq2SeqLM, args.output_dir)
     given = files["file"] or files["source"]
@@ -159,6 +161,7 @@ def main() -> None:
     job = Job(AutoModelForSeq2SeqLM, model_args, args)
     pairs = read_corpus(data_args)
     references = read_references(data_args, pairs.get("test", []))
+    bleu_for(data_args.target_lang)  # may lack a package
     if args.predict_with_generate and "validation" not in pairs:
         raise InputError(
             "--predict_with_generate scores a validation set, and there is none. Give --validation_file, or "

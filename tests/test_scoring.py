@@ -493,6 +493,9 @@ def test_wrong_files_are_one_line_before_training(monkeypatch, tmp_path, capsys)
     assert "has 4 lines and" in refusal(monkeypatch, capsys, "run_translation.py", **unequal)
     error = refusal(monkeypatch, capsys, "run_translation.py", **TINY | train, predict_with_generate=True)
     assert "--predict_with_generate scores a validation set" in error
+    monkeypatch.setitem(sys.modules, "MeCab", None)  # as where it is not installed
+    japanese = TINY | train | {"target_lang": "ja"}
+    assert "pip install sacrebleu[ja]" in refusal(monkeypatch, capsys, "run_translation.py", **japanese)
     assert not (tmp_path / "out").exists()
 
 

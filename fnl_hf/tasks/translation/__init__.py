@@ -5,7 +5,15 @@ from .batching import TokenBatchSampler, TranslationTrainer, encode, steps_of_ep
 from .corpus import Pair, read_corpus, read_split
 from .generation import translate
 from .model import new_marian
-from .scoring import References, hub_metric, metric_scores, read_references, sacrebleu_scores, write_translations
+from .scoring import (
+    References,
+    bleu_for,
+    hub_metric,
+    metric_scores,
+    read_references,
+    sacrebleu_scores,
+    write_translations,
+)
 from .tokenizer import train_tokenizer
 from .validation import Patience
 
@@ -18,6 +26,7 @@ __all__ = [
     "TokenBatchSampler",
     "TranslationArguments",
     "TranslationTrainer",
+    "bleu_for",
     "encode",
     "hub_metric",
     "metric_scores",
