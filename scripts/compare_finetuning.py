@@ -9,7 +9,6 @@ trained for: before, after factorizing, after fine-tuning with each of some seed
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -19,15 +18,15 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 import fnl_hf
 from fnl_hf.tasks.running import run_main, write_json
 from fnl_hf.tasks.translation import (
+    DataArguments,
     TranslationArguments,
     TranslationCollator,
     TranslationTrainer,
     encode,
-    read_shipped,
-    read_text_pair,
     sacrebleu_scores,
     translate,
 )
+from fnl_hf.tasks.translation.corpus import read_shipped, read_text_pair
 
 VARIANTS = {
     "dense": None,
@@ -56,17 +55,27 @@ def fine_tune(model, tokenizer, dataset, seed: int, options: argparse.Namespace)
     set_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         args = TranslationArguments(
-            output_dir=folder, seed=seed, max_steps=options.steps, learning_rate=options.learning_rate, warmup_steps=0.05,
-            max_tokens=options.max_tokens, save_strategy="no", report_to="none", disable_tqdm=True, frobenius_decay=0.0,
-            logging_steps=options.steps, average_checkpoints=1,
-        )  # fmt: skip
+            output_dir=folder,
+            seed=seed,
+            max_steps=options.steps,
+            learning_rate=options.learning_rate,
+            warmup_steps=0.05,
+            max_tokens=options.max_tokens,
+            save_strategy="no",
+            logging_steps=options.steps,
+            report_to="none",
+            disable_tqdm=True,
+            frobenius_decay=0.0,
+        )
         collator = TranslationCollator.of(model, tokenizer)
         TranslationTrainer(model, args, train_dataset=dataset, data_collator=collator).train()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/translation"), help="a finished run (default: %(default)s)")
+    parser.add_argument(
+        "--model", type=Path, default=Path("runs/translation"), help="a finished run (default: %(default)s)"
+    )
     parser.add_argument("--train", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="text to fine-tune on")
     parser.add_argument("--test", nargs=2, required=True, metavar=("SOURCE", "TARGET"), help="its test set")
     parser.add_argument("--steps", type=int, default=600, help="of fine-tuning (default: %(default)s)")
@@ -77,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tests = {"new": read_text_pair(*options.test), "shipped": read_shipped("test")}
-    dataset = encode(read_text_pair(*options.train), tokenizer, 128)
+    dataset = encode(read_text_pair(*options.train), tokenizer, DataArguments())
     results = {"before": bleu(dense_model(options.model), tokenizer, tests)}
     print(f"before: {results['before']}", flush=True)
     for name, config in VARIANTS.items():
@@ -91,7 +100,9 @@ def main() -> None:
             row["fine-tuned"][str(seed)] = bleu(model, tokenizer, tests)
         results[name] = row
         means = {test: round(statistics.mean(s[test] for s in row["fine-tuned"].values()), 2) for test in tests}
-        print(f"{name}: factorized {row.get('factorized', '-')}, fine-tuned {row['fine-tuned']}, mean {means}", flush=True)
+        print(
+            f"{name}: factorized {row.get('factorized', '-')}, fine-tuned {row['fine-tuned']}, mean {means}", flush=True
+        )
     if options.json:
         given = {"steps": options.steps, "learning rate": options.learning_rate, "max_tokens": options.max_tokens}
         write_json(options.json, {"settings": given, "BLEU": results})

@@ -26,19 +26,35 @@ Fine-tuning a pretrained checkpoint; languages, T5's prefix and the first token 
     python scripts/run_translation.py --model_name_or_path path/to/opus-mt-de-en --max_steps 500 --output_dir runs/opus
     python scripts/run_translation.py --model_name_or_path path/to/nllb-200-distilled-600M --train_file train.json \\
         --source_lang de --target_lang en --learning_rate 3e-5 --max_tokens 2000 --output_dir runs/nllb
+
+The best checkpoint by BLEU in validation, until six evaluations in a row find no better one:
+
+    python scripts/run_translation.py --predict_with_generate --eval_strategy steps --eval_steps 100 \\
+        --metric_for_best_model bleu --load_best_model_at_end --average_checkpoints 1 --early_stopping_patience 6 \\
+        --output_dir runs/best
+
+Scoring a finished run on another test set, with two references; results go to runs/best/test-news:
+
+    python scripts/run_translation.py --do_train false --test_source news.de --test_target news.a.en news.b.en \\
+        --num_beams 8 --length_penalty 0.6 --output_dir runs/best
 """
 
 import time
+from pathlib import Path
+from typing import Any
 
+from evaluate import EvaluationModule
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from fnl_hf.tasks.running import (
+    InputError,
     Job,
     average_checkpoints_,
     complete_checkpoints,
@@ -51,68 +67,125 @@ from fnl_hf.tasks.running import (
 )
 from fnl_hf.tasks.translation import (
     DataArguments,
+    ModelArguments,
     Pair,
+    Patience,
+    References,
+    TranslationArguments,
     TranslationCollator,
     TranslationTrainer,
+    bleu_for,
     encode,
     hub_metric,
+    languages_of,
     metric_scores,
     new_marian,
     own_dropout,
     parse_arguments,
     prefix_of,
     read_corpus,
-    sacrebleu_score,
+    read_references,
+    read_split,
+    sacrebleu_scores,
     set_first_token,
     set_languages,
     steps_of_epochs,
+    store_search,
     train_tokenizer,
     translate,
+    write_translations,
 )
 
 
-def score(job: Job, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], data_args: DataArguments, metric) -> None:
-    """Translate the test set; print, save and log its scores and five translations."""
-    sources, references = zip(*pairs, strict=True)
+def score(
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    references: References,
+    data_args: DataArguments,
+    metric: EvaluationModule | None,
+) -> None:
+    """Translate the test set, on all processes; print, save and log its scores and five translations."""
+    sources = [source for source, _ in pairs]
     started = time.monotonic()
-    translations = translate(
-        job.trainer.model,
-        tokenizer,
-        [data_args.source_prefix + source for source in sources],
-        num_beams=data_args.num_beams,
-        max_length=data_args.max_length,
-        batch_size=job.args.per_device_eval_batch_size,
-    )
-    bleu, signature = sacrebleu_score(translations, references)
-    metrics = {"test_bleu": bleu, "test_bleu_signature": signature, "test_samples": len(pairs)}
-    metrics["test_runtime"] = round(time.monotonic() - started, 2)  # seconds
+    options = {**data_args.search, "progress": not job.args.disable_tqdm}
+    translations = translate(job.trainer.model, tokenizer, sources, **options)
+    seconds = time.monotonic() - started
+    if not job.trainer.is_world_process_zero():
+        return
+    scores = sacrebleu_scores(translations, references, data_args.target_lang)
+    metrics: dict[str, Any] = {f"test_{name}": value for name, value in scores.items()}
+    metrics |= {"test_samples": len(pairs), "test_references": len(references)}
+    metrics |= {"test_runtime": round(seconds, 2), "test_samples_per_second": round(len(pairs) / seconds, 2)}
     job.report("test", metrics)
     write_text(job.output_dir / "generated_predictions.txt", "".join(f"{line}\n" for line in translations))
+    write_translations(job.output_dir / "test_translations.tsv", sources, references, translations)
     for i in range(0, len(pairs), max(1, len(pairs) // 5))[:5]:
-        print(f"\n  source       {sources[i]}\n  reference    {references[i]}\n  translation  {translations[i]}")
-    print(f"\nBLEU {bleu:.2f} on {len(pairs)} sentences ({signature})")
+        print(f"\n  source       {sources[i]}\n  reference    {references[0][i]}\n  translation  {translations[i]}")
+    print(f"\nBLEU {scores['bleu']:.2f} on {len(pairs)} sentences ({scores['bleu_signature']})")
+    print(f"chrF {scores['chrf']:.2f} ({scores['chrf_signature']})")
     if metric is not None:
-        scores = metric_scores(metric, translations, references)
-        job.report("test", metrics | {f"test_{name}": value for name, value in scores.items()})
+        own = metric_scores(metric, translations, references)
+        job.report("test", metrics | {f"test_{name}": value for name, value in own.items()})
 
 
-def translate_input(data_args: DataArguments, output_dir: str) -> None:
+def load_finished(
+    data_args: DataArguments, args: TranslationArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a finished run, and its tokenizer; what it wants before every source joins the arguments."""
+    model, tokenizer = load_trained(AutoModelForSeq2SeqLM, args.output_dir)
+    languages = data_args.source_lang, data_args.target_lang
+    if languages_of(tokenizer) and tokenizer.tgt_lang is None:  # a multilingual checkpoint that nobody has fine-tuned
+        set_languages(tokenizer, *languages)
+    data_args.source_prefix = data_args.source_prefix or prefix_of(tokenizer, model.config, *languages)
+    set_first_token(model, tokenizer)
+    return model, tokenizer
+
+
+def score_finished(model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments) -> None:
+    """Score the model of a finished run on a test set; what it had there stays: results get a folder of their own."""
+    files = {kind: getattr(data_args, f"test_{kind}") for kind in ("file", "source", "target")}
+    pairs = read_split("test", data_args.source_lang, data_args.target_lang, **files)[: data_args.max_eval_samples]
+    references = read_references(data_args, pairs)
+    bleu_for(data_args.target_lang)
+    metric = hub_metric(data_args.metric) if data_args.metric else None
+    model, tokenizer = load_finished(data_args, args)
+    given = files["file"] or files["source"]
+    name = Path(given).name.split(".")[0] if given else "shipped"
+    args.output_dir, args.eval_strategy = str(Path(args.output_dir) / f"test-{name}"), "no"
+    job = Job(AutoModelForSeq2SeqLM, model_args, args, trains=False)
+    job.make_trainer(TranslationTrainer, model=model, processing_class=tokenizer)
+    score(job, tokenizer, pairs, references, data_args, metric)
+    job.report_resources()
+
+
+def translate_input(data_args: DataArguments, args: TranslationArguments) -> None:
     """Print the translations of the sentences that the user gave, by the model of a finished run."""
-    model, tokenizer = load_trained(AutoModelForSeq2SeqLM, output_dir)
-    prefix = data_args.source_prefix or getattr(model.config, "prefix", None) or ""
-    inputs = [prefix + sentence for sentence in given_lines(data_args.translate)]
-    for translation in translate(model, tokenizer, inputs, data_args.num_beams, data_args.max_length, progress=False):
-        print(translation)
+    if args.world_size > 1:  # each would read a part of standard input
+        raise InputError(f"--translate is for one process, and these are {args.world_size}. Start it without torchrun.")
+    sentences = given_lines(data_args.translate)
+    model, tokenizer = load_finished(data_args, args)
+    for translation in translate(model, tokenizer, sentences, **data_args.search, progress=False):
+        say(translation)
 
 
 def main() -> None:
     model_args, data_args, args = parse_arguments(__doc__)
     if data_args.translate:
-        return translate_input(data_args, args.output_dir)
+        return translate_input(data_args, args)
+    if not args.do_train:
+        return score_finished(model_args, data_args, args)
 
     # Whatever may be wrong with the input is found before anything is trained or written
     job = Job(AutoModelForSeq2SeqLM, model_args, args)
     pairs = read_corpus(data_args)
+    references = read_references(data_args, pairs.get("test", []))
+    bleu_for(data_args.target_lang)  # may lack a package
+    if args.predict_with_generate and "validation" not in pairs:
+        raise InputError(
+            "--predict_with_generate scores a validation set, and there is none. Give --validation_file, or "
+            "--validation_source and --validation_target."
+        )
     metric = hub_metric(data_args.metric) if data_args.metric else None
     if pretrained := job.checkpoint or model_args.model_name_or_path:
         tokenizer = load(AutoTokenizer, pretrained)
@@ -140,9 +213,16 @@ def main() -> None:
         **(own_dropout(config, model_args.dropout) if pretrained else {}),
     )
     set_first_token(model, tokenizer, data_args.source_prefix)
+    store_search(model, data_args)
     job.check(model)
     say(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens in the vocabulary")
 
+    def score_validation(model: PreTrainedModel) -> dict[str, float | str]:
+        sources, targets = map(list, zip(*pairs["validation"], strict=True))
+        translations = translate(model, tokenizer, sources, **data_args.search, progress=False)
+        return sacrebleu_scores(translations, [targets], data_args.target_lang)
+
+    patience = args.early_stopping_patience
     trainer = job.make_trainer(
         TranslationTrainer,
         model=model,
@@ -150,19 +230,24 @@ def main() -> None:
         eval_dataset=datasets.get("validation"),
         data_collator=TranslationCollator.of(model, tokenizer),
         processing_class=tokenizer,
+        callbacks=[Patience(patience)] if patience else [],
+        score_validation=score_validation,
     )
     if metrics := job.train():
         # The Trainer counts samples by a fixed batch size, which batches of tokens do not have
         job.report("train", {key: value for key, value in metrics.items() if "samples" not in key})
     if args.average_checkpoints > 1:
-        average_checkpoints_(model, complete_checkpoints(job.output_dir, model.config)[-args.average_checkpoints :])
+        last = complete_checkpoints(job.output_dir, model.config)[-args.average_checkpoints :]
+        if len(last) < args.average_checkpoints:
+            say(f"averaging {len(last)} checkpoints, {args.average_checkpoints} were asked for")
+        average_checkpoints_(model, last)
     job.save()
     if "validation" in datasets:
         job.report("eval", trainer.evaluate())
     if "test" not in pairs:
         say("Not scored: give --test_file, or --test_source and --test_target.")
-    elif trainer.is_world_process_zero():
-        score(job, tokenizer, pairs["test"], data_args, metric)
+    else:
+        score(job, tokenizer, pairs["test"], references, data_args, metric)
     job.report_resources()
 
 

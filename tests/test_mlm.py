@@ -581,7 +581,7 @@ def test_train_evaluate_reload_and_predict(monkeypatch, tmp_path, capsys):
     run(monkeypatch, predict="The [MASK] sat.", top=2, output_dir=out)
     line = "  ".join(f"{token} {probability:.3f}" for token, probability in expected)
     assert capsys.readouterr().out.splitlines()[-2:] == ["The [MASK] sat.", f"  {line}"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The [MASK] sat.\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The [MASK] sat.\n")))
     run(monkeypatch, predict="-", top=2, output_dir=out)
     assert capsys.readouterr().out.splitlines()[-1] == f"  {line}"
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSe
 
 import fnl_hf
 from fnl_hf.tasks.running import InputError, average_checkpoints_, is_finished, last_complete_checkpoint
-from fnl_hf.tasks.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_score, translate
+from fnl_hf.tasks.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_scores, translate
 from fnl_hf.tasks.translation import corpus as corpora
 from fnl_hf.tasks.translation.tokenizer import train_tokenizer
 from tests.formats import make_format_1
@@ -257,11 +257,12 @@ def test_translations_keep_the_order_and_do_not_depend_on_the_batch(tokenizer, s
     assert translate(model, tokenizer, [], progress=False) == []
 
 
-def test_sacrebleu_score():
-    score, signature = sacrebleu_score(["The house is green today."], ["The house is green today."])
-    assert score == pytest.approx(100)
-    assert "tok:13a" in signature and "version:" in signature
-    assert sacrebleu_score(["no"], ["The house is green today."])[0] < 1
+def test_sacrebleu_scores():
+    scores = sacrebleu_scores(["The house is green today."], [["The house is green today."]])
+    assert scores["bleu"] == pytest.approx(100) and scores["chrf"] == pytest.approx(100)
+    assert "tok:13a" in scores["bleu_signature"] and "nc:6" in scores["chrf_signature"]
+    assert all("version:" in scores[f"{name}_signature"] for name in ("bleu", "chrf"))
+    assert sacrebleu_scores(["no"], [["The house is green today."]])["bleu"] < 1
 
 
 def test_metric_errors_are_one_line(tmp_path):
@@ -340,7 +341,7 @@ def test_train_score_reload_and_translate(monkeypatch, tmp_path, capsys):
     expected = translate(model, tokenizer, [sentence], num_beams=2, max_length=40, progress=False)
     run(monkeypatch, translate=sentence, output_dir=out)
     assert capsys.readouterr().out.splitlines()[-1:] == expected[0].splitlines()[-1:]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(sentence + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sentence.encode() + b"\n")))
     run(monkeypatch, translate="-", output_dir=out)
     assert capsys.readouterr().out.splitlines()[-1:] == expected[0].splitlines()[-1:]
 

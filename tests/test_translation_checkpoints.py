@@ -13,7 +13,7 @@ from fnl_hf.tasks.running import InputError
 from fnl_hf.tasks.translation import (
     TranslationCollator,
     prefix_of,
-    sacrebleu_score,
+    sacrebleu_scores,
     set_first_token,
     set_languages,
     target_ids,
@@ -210,8 +210,7 @@ def test_fifty_pairs_are_learned_by_heart(name, head_rank, checkpoint, pairs, tm
     translations = translate(model, tokenizer, sources, num_beams=2, max_length=60, progress=False)
     # BERT's tokenizer does not give back where there was a blank
     references = tokenizer.batch_decode([row["labels"] for row in rows], skip_special_tokens=True)
-    bleu, _ = sacrebleu_score(translations, references)
-    assert bleu > 90, translations[:3]
+    assert sacrebleu_scores(translations, [references])["bleu"] > 90, translations[:3]
 
 
 @pytest.mark.parametrize("name", ["nllb", "mbart", "m2m100", "t5", "fsmt", "multilingual_marian"])
@@ -232,9 +231,10 @@ def test_the_script_fine_tunes_and_stores_what_translating_needs(
     assert (getattr(model.config, "prefix", None) or "") == prefix == PREFIXES.get(name, "")
     assert tokenizer("Ich")["input_ids"] == wanted("Ich")["input_ids"]
     assert target_ids(tokenizer, ["I"]) == target_ids(wanted, ["I"])
-    run_script(monkeypatch, "run_translation.py", translate=pairs[0][0], output_dir=out, max_length=60, num_beams=2)
+    run_script(monkeypatch, "run_translation.py", translate=pairs[0][0], output_dir=out, max_length=60)
     printed = capsys.readouterr().out.rstrip("\n")
-    expected = translate(model, tokenizer, [prefix + pairs[0][0]], num_beams=2, max_length=60, progress=False)
+    assert model.generation_config.num_beams == 2  # what was asked for is stored
+    expected = translate(model, tokenizer, [pairs[0][0]], max_length=60, prefix=prefix, progress=False)
     assert printed.splitlines()[-1:] == expected[0].splitlines()[-1:]
 
 

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fnl_hf import FNLConfig, Plan
 
@@ -52,19 +54,63 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def average_checkpoints_(model: PreTrainedModel, checkpoints: list[Path]) -> None:
     """Give `model` the mean of the weights in `checkpoints`, as fairseq's recipes do before they evaluate.
 
-    The inverse-sqrt schedule ends at a learning rate far above zero: each single checkpoint is a noisy one.
+    The inverse-sqrt schedule ends at a learning rate far above zero: each single checkpoint is a noisy one. Beside the
+    model, memory holds one sum, in float32 or better, and a single tensor of a checkpoint. What is not of floating
+    point is the last checkpoint's.
+
+    Raises:
+        InputError: a checkpoint has other weights than the model, or of other shapes.
     """
-    states = [load_file(path / SAFE_WEIGHTS_NAME) for path in checkpoints]
-    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-    model.load_state_dict(mean, strict=False)  # tied weights are stored once
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    total: dict[str, Tensor] = {}
+    for number, checkpoint in enumerate(checkpoints):
+        found = set()
+        for name, tensor in _weights(checkpoint):
+            if shapes.get(name) != tensor.shape or (number and name not in total):
+                raise InputError(_not_averaged(checkpoint, name))
+            found.add(name)
+            if not tensor.is_floating_point():
+                total[name] = tensor
+            elif number == 0:
+                total[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            else:
+                total[name] += tensor
+        if missing := total.keys() - found:
+            raise InputError(_not_averaged(checkpoint, min(missing)))
+    for tensor in total.values():
+        if tensor.is_floating_point():
+            tensor /= len(checkpoints)
+    model.load_state_dict(total, strict=False)  # tied weights are stored once
 
 
-def is_finished(checkpoint: Path, max_steps: int) -> bool:
-    """Whether training ended with `checkpoint`, after `max_steps` steps (not above 0: those it was started with).
+def _weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors of a checkpoint, of one file or of several with an index, each read when its turn comes."""
+    files, index = [SAFE_WEIGHTS_NAME], checkpoint / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for file in files:
+        with safe_open(checkpoint / file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
+                yield name, weights.get_tensor(name)
+
+
+def _not_averaged(checkpoint: Path, name: str) -> str:
+    return (
+        f"{checkpoint} cannot be averaged with the others: its {name} is missing, or of another shape. Remove it, or "
+        "add --average_checkpoints 1."
+    )
+
+
+def is_finished(checkpoint: Path, max_steps: int, patience: int | None = None) -> bool:
+    """Whether training ended with `checkpoint`, after `max_steps` steps (not above 0: those it was started with), or
+    because as many evaluations as `patience` had found nothing better.
 
     The Trainer itself does not ask: resumed there, it would do one step more.
     """
     state = _trainer_state(checkpoint)
+    stopping = state.get("stateful_callbacks", {}).get("Patience")
+    if patience and stopping and stopping["attributes"]["early_stopping_patience_counter"] >= patience:
+        return True
     return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 

@@ -67,7 +67,8 @@ class Job:
     def announce(self) -> None:
         """Say where the run stands. Call it when `args.max_steps` is known."""
         if self.checkpoint is not None:
-            self.finished = is_finished(self.checkpoint, self.args.max_steps)
+            patience = getattr(self.args, "early_stopping_patience", None)
+            self.finished = is_finished(self.checkpoint, self.args.max_steps, patience)
             stands = "training is finished." if self.finished else "training resumes there."
             say(f"Found {self.checkpoint}: {stands}")
 

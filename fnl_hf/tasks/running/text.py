@@ -1,6 +1,7 @@
 """Text files of a script's user, compressed or not."""
 
 import gzip
+import io
 import lzma
 import sys
 from pathlib import Path
@@ -28,5 +29,13 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def given_lines(values: list[str]) -> list[str]:
-    """What was given on the command line; for `-`, the lines of standard input."""
-    return sys.stdin.read().splitlines() if values == ["-"] else values
+    """What was given on the command line; for `-`, the lines of standard input. Raises `InputError` if not UTF-8."""
+    try:
+        if values != ["-"]:
+            "".join(values).encode("utf-8")  # what the shell gave as other bytes came as lone surrogates
+            return values
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeError as error:
+        source = "standard input" if values == ["-"] else "the command line"
+        raise InputError(f"{source} is not UTF-8 text ({error}). Convert it to UTF-8 first.") from error
+    return [line.rstrip("\r\n") for line in io.StringIO(text, newline="\n")]

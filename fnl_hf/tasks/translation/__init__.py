@@ -3,33 +3,51 @@
 from .arguments import DataArguments, ModelArguments, TranslationArguments, parse_arguments
 from .batching import TokenBatchSampler, TranslationTrainer, encode, steps_of_epochs
 from .collating import TranslationCollator
-from .corpus import Pair, read_corpus
-from .languages import prefix_of, set_first_token, set_languages, target_ids
+from .corpus import Pair, read_corpus, read_split
+from .generation import store_search, translate
+from .languages import languages_of, prefix_of, set_first_token, set_languages, target_ids
 from .model import new_marian, own_dropout
-from .scoring import hub_metric, metric_scores, sacrebleu_score, translate
+from .scoring import (
+    References,
+    bleu_for,
+    hub_metric,
+    metric_scores,
+    read_references,
+    sacrebleu_scores,
+    write_translations,
+)
 from .tokenizer import train_tokenizer
+from .validation import Patience
 
 __all__ = [
     "DataArguments",
     "ModelArguments",
     "Pair",
+    "Patience",
+    "References",
     "TokenBatchSampler",
     "TranslationArguments",
     "TranslationCollator",
     "TranslationTrainer",
+    "bleu_for",
     "encode",
     "hub_metric",
+    "languages_of",
     "metric_scores",
     "new_marian",
     "own_dropout",
     "parse_arguments",
     "prefix_of",
     "read_corpus",
-    "sacrebleu_score",
+    "read_references",
+    "read_split",
+    "sacrebleu_scores",
     "set_first_token",
     "set_languages",
     "steps_of_epochs",
+    "store_search",
     "target_ids",
     "train_tokenizer",
     "translate",
+    "write_translations",
 ]

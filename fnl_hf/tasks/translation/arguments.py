@@ -1,6 +1,8 @@
 """The command-line arguments of `scripts/run_translation.py`; the defaults are those of its German-English run."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -46,19 +48,45 @@ class DataArguments:
     validation_source: str | None = field(default=None, metadata={"help": "Validation sentences, one a line."})
     validation_target: str | None = field(default=None, metadata={"help": "Their translations, one a line."})
     test_source: str | None = field(default=None, metadata={"help": "Test sentences, one a line."})
-    test_target: str | None = field(default=None, metadata={"help": "Their translations, one a line."})
+    test_target: list[str] | None = field(
+        default=None, metadata={"help": "Their translations, one a line; further files are further references."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first of them only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on the first only."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a sentence; longer ones are cut."})
     source_prefix: str = field(default="", metadata={"help": "Put before every source sentence, as T5 needs it."})
     # Scoring
-    num_beams: int = field(default=5, metadata={"help": "Beams of the search."})
+    num_beams: int | None = field(
+        default=None, metadata={"help": "Beams of the search. Not given: the checkpoint's; 5 of a new model."}
+    )
+    length_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Exponent of the length that a beam's score is divided by. Not given: the checkpoint's."},
+    )
+    min_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a translation at least. Not given: the checkpoint's."}
+    )
+    eval_max_tokens: int = field(
+        default=4000, metadata={"help": "Source tokens of a batch in translating, padding included, times beams."}
+    )
     metric: str | None = field(
         default=None, metadata={"help": "Also score with this metric of evaluate: a name on the hub or a script."}
     )
     translate: list[str] | None = field(
         default=None, metadata={"help": "Do not train: translate these sentences (-: standard input) with output_dir."}
     )
+
+    def __post_init__(self):
+        # A corpus has one target for each source; only scoring reads the further ones
+        given = [self.test_target] if isinstance(self.test_target, str) else self.test_target or [None]
+        self.test_target, *self.test_references = given
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """How to translate: keywords of `translate`."""
+        names = ("num_beams", "length_penalty", "min_length", "max_length")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"max_tokens": self.eval_max_tokens, "prefix": self.source_prefix}
 
 
 FROM_SCRATCH = {"learning_rate": 2e-3, "warmup_steps": 250}
@@ -70,6 +98,7 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     """Training arguments with the defaults of the German-English run, and the size of a batch."""
 
     output_dir: str = field(default="runs/translation", metadata={"help": "Where checkpoints and results go."})
+    do_train: bool = field(default=True, metadata={"help": "false: only score output_dir, on the test set given."})
     max_tokens: int = field(default=1000, metadata={"help": "Tokens of a batch, a side, padding included."})
     max_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
     num_train_epochs: float = field(
@@ -90,6 +119,10 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int = field(default=5, metadata={"help": "Checkpoints to keep."})
     average_checkpoints: int = field(default=5, metadata={"help": "Evaluate the mean of the last ones; 1: the last."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model."},
+    )
     dataloader_pin_memory: bool = field(
         default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches."}
     )
@@ -125,4 +158,54 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, Tr
         raise InputError(f"--source_lang and --target_lang are both {data_args.source_lang!r}. Give two languages.")
     if args.average_checkpoints > 1 and args.save_strategy == "no":
         raise InputError("--save_strategy no leaves no checkpoints to average. Add --average_checkpoints 1.")
+    check_search(data_args)
+    check_validation(args)
     return model_args, data_args, args
+
+
+def check_search(data_args: DataArguments) -> None:
+    """Raises `InputError` for a search that finds nothing, or an option that one of its others makes void."""
+    for name, least in (("num_beams", 1), ("min_length", 0), ("eval_max_tokens", 1)):
+        value = getattr(data_args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: too low. Give {least} or more.")
+    penalty, shortest = data_args.length_penalty, data_args.min_length
+    if penalty is not None and not math.isfinite(penalty):
+        raise InputError(f"--length_penalty {penalty}: not a finite number. Give one such as 1.0.")
+    if penalty is not None and data_args.num_beams == 1:
+        raise InputError("--length_penalty chooses among beams, and --num_beams is 1. Drop it, or raise the beams.")
+    if shortest is not None and shortest > data_args.max_length:
+        raise InputError(f"--min_length {shortest} is above --max_length {data_args.max_length}. Lower it.")
+
+
+def check_validation(args: TranslationArguments) -> None:
+    """Raises `InputError` where what validation is asked for cannot be had from it."""
+    for name, ours in (("max_length", "max_length"), ("num_beams", "num_beams")):
+        if getattr(args, f"generation_{name}") is not None:
+            raise InputError(f"--generation_{name}: validation translates as the test does. Give --{ours}.")
+    if args.generation_config is not None:
+        raise InputError(
+            "--generation_config: the checkpoint has its own. Give --num_beams, --length_penalty and --min_length."
+        )
+    measured = ("loss", "bleu", "chrf")
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in measured:
+        raise InputError(f"--metric_for_best_model {best}: not measured. Give one of {', '.join(measured)}.")
+    if best != "loss" and not args.predict_with_generate:
+        raise InputError(
+            f"--metric_for_best_model {best} needs translations in validation. Add --predict_with_generate."
+        )
+    patience = args.early_stopping_patience
+    if patience is None:
+        return
+    if patience < 1:
+        raise InputError(f"--early_stopping_patience {patience}: too low. Give 1 or more.")
+    if not args.load_best_model_at_end:
+        raise InputError(
+            "--early_stopping_patience waits for a better model, to end with the best. Add --load_best_model_at_end, "
+            "--average_checkpoints 1, --eval_strategy steps and --eval_steps."
+        )
+    if args.eval_strategy == "no":
+        raise InputError("--early_stopping_patience counts evaluations. Add --eval_strategy steps and --eval_steps.")
+    if args.factorize_at is not None:
+        raise InputError("--early_stopping_patience could end the run before --factorize_at. Drop one of the two.")

@@ -14,6 +14,7 @@ from ..running import InputError
 from .arguments import DataArguments
 from .corpus import Pair
 from .languages import target_ids
+from .validation import ScoredValidation
 
 Length = tuple[int, int]  # tokens of source and of target
 
@@ -107,8 +108,8 @@ class _Reshuffle(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch))
 
 
-class TranslationTrainer(FNLSeq2SeqTrainer):
-    """`FNLSeq2SeqTrainer` in training batches of `args.max_tokens` tokens.
+class TranslationTrainer(ScoredValidation, FNLSeq2SeqTrainer):
+    """`FNLSeq2SeqTrainer` in training batches of `args.max_tokens` tokens, with scores in validation.
 
     The training dataset has the columns `input_ids` and `labels`; `args.data_seed`, or else `args.seed`, shuffles it.
     """

@@ -68,11 +68,11 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase, config, source: str, target: s
     Raises:
         InputError: it translates into several languages, and not into this one.
     """
+    if stored := getattr(config, "prefix", None):
+        return stored
     if codes := getattr(tokenizer, "supported_language_codes", None):  # Marian: >>deu<<
         plain = {code.strip("<>"): code for code in codes}
         return plain[_known(target, plain, "--target_lang", tokenizer)] + " "
-    if stored := getattr(config, "prefix", None):
-        return stored
     pair = [next((two for two in _aliases(lang) if len(two) == 2), lang) for lang in (source, target)]
     task = (getattr(config, "task_specific_params", None) or {}).get(f"translation_{pair[0]}_to_{pair[1]}", {})
     return task.get("prefix", "")

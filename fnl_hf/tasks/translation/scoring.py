@@ -1,58 +1,67 @@
-"""Translating with beam search, and scoring the translations."""
+"""Scoring translations: BLEU and chrF with their signatures, several references, metrics of `evaluate`."""
 
 import numbers
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import evaluate
 import sacrebleu
-import torch
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..running import InputError, longest_input, one_line
+from ..running import InputError, one_line, one_line_errors, read_lines, write_text
+from .arguments import DataArguments
+from .corpus import Pair
+
+References = list[list[str | None]]  # a list for each reference, a sentence of which may lack it
 
 
-@torch.inference_mode()
-def translate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sentences: Sequence[str],
-    num_beams: int = 5,
-    max_length: int = 128,
-    batch_size: int = 64,
-    progress: bool = True,
-) -> list[str]:
-    """Translations of `sentences`, in their order. Inputs are cut to `max_length` tokens, or to what the model takes.
+def read_references(data_args: DataArguments, pairs: list[Pair]) -> References:
+    """The references of the test set `pairs`: their targets, and the lines of the further files of --test_target.
 
-    The sentences are translated in batches of similar length. An output has at most `max_length` tokens, and at most
-    twice as many as the longest input of its batch and ten more, so that one translation that does not end cannot
-    hold up the others.
+    Raises:
+        InputError: a file has another number of lines than the sources.
     """
-    if not sentences:
-        return []
-    model.eval()
-    max_length = min(max_length, longest_input(model.config) or max_length)
-    inputs = tokenizer(list(sentences), truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]), reverse=True)
-    translations = [""] * len(inputs)
-    with tqdm(total=len(inputs), desc="Translating", unit="sentence", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]  # longest first: memory is needed at once or never
-            batch = tokenizer.pad({"input_ids": [inputs[i] for i in chosen]}, return_tensors="pt").to(model.device)
-            longest = batch["input_ids"].shape[1]
-            limit = min(max_length, 2 * longest + 10)
-            ids = model.generate(**batch, num_beams=num_beams, max_length=limit)  # (sentences, tokens)
-            for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-                translations[i] = text.strip()
-            bar.update(len(chosen))
-    return translations
+    references = [[target for _, target in pairs]]
+    if not data_args.test_references:
+        return references
+    paths = [data_args.test_source, data_args.test_target, *data_args.test_references]
+    files = [read_lines(path) for path in paths]
+    for path, lines in zip(paths, files, strict=True):
+        if len(lines) != len(files[0]):
+            raise InputError(
+                f"{paths[0]} has {len(files[0])} lines and {path} has {len(lines)}: line i of a reference must "
+                "translate line i of the sources. Give files of equal length."
+            )
+    rows = zip(*files, strict=True)
+    # Pairs are the lines in their order, less those that were left out, or came after --max_eval_samples
+    further = [next(lines for source, target, *lines in rows if (source, target) == pair) for pair in pairs]
+    return references + [[line or None for line in lines] for lines in zip(*further, strict=True)]
 
 
-def sacrebleu_score(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
-    """Corpus BLEU (0 to 100) of detokenized text against one reference each, and sacreBLEU's signature."""
-    bleu = sacrebleu.BLEU()
-    score = bleu.corpus_score(list(translations), [list(references)]).score
-    return score, str(bleu.get_signature())
+def bleu_for(target_lang: str) -> sacrebleu.BLEU:
+    """BLEU with sacreBLEU's tokens for a language. Raises `InputError` where these need a package that is missing."""
+    with one_line_errors(RuntimeError):
+        return sacrebleu.BLEU(trg_lang=re.split("[-_]", target_lang)[0])
+
+
+def sacrebleu_scores(
+    translations: Sequence[str], references: References, target_lang: str = ""
+) -> dict[str, float | str]:
+    """BLEU and chrF (0 to 100) of detokenized text over the corpus, each with sacreBLEU's signature."""
+    scores = {}
+    for name, metric in (("bleu", bleu_for(target_lang)), ("chrf", sacrebleu.CHRF())):
+        scores[name] = metric.corpus_score(list(translations), references).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores
+
+
+def write_translations(path: Path, sources: Sequence[str], references: References, translations: Sequence[str]) -> None:
+    """Write a table of tab-separated values with a header: source, reference(s), translation; tabs become blanks."""
+    several = len(references) > 1
+    names = [f"reference_{i + 1}" for i in range(len(references))] if several else ["reference"]
+    rows = [("source", *names, "translation"), *zip(sources, *references, translations, strict=True)]
+    cells = ((" ".join((cell or "").split("\t")) for cell in row) for row in rows)
+    write_text(path, "".join("\t".join(row) + "\n" for row in cells))
 
 
 def hub_metric(name_or_path: str) -> evaluate.EvaluationModule:
@@ -67,14 +76,22 @@ def hub_metric(name_or_path: str) -> evaluate.EvaluationModule:
 
 
 def metric_scores(
-    metric: evaluate.EvaluationModule, translations: Sequence[str], references: Sequence[str]
+    metric: evaluate.EvaluationModule, translations: Sequence[str], references: References
 ) -> dict[str, float]:
-    """The numbers among what `metric` computes, by name. Raises `InputError` if it cannot score translations."""
+    """The numbers among what `metric` computes, by name: of one reference each where there is one, else of lists.
+
+    Raises:
+        InputError: it cannot score translations.
+    """
+    given = references[0]
+    if len(references) > 1:
+        given = [[text for text in texts if text is not None] for texts in zip(*references, strict=True)]
     try:
-        scores = metric.compute(predictions=list(translations), references=list(references))
+        scores = metric.compute(predictions=list(translations), references=given)
     except Exception as error:  # any code, and made for any task
+        count = "one reference" if len(references) == 1 else f"{len(references)} references"
         raise InputError(
-            f"--metric {metric.name} cannot score translations against one reference each ({one_line(error)}). Give "
+            f"--metric {metric.name} cannot score translations against {count} each ({one_line(error)}). Give "
             "another; the other scores are saved."
         ) from error
     return {f"{metric.name}_{name}": float(value) for name, value in scores.items() if isinstance(value, numbers.Real)}
