@@ -38,7 +38,7 @@ VARIANTS = {
 def dense_model(path: Path):
     """The model of a finished run, dense."""
     model = AutoModelForSeq2SeqLM.from_pretrained(path)
-    return fnl_hf.to_dense(model) if fnl_hf.is_factorized(model) else model
+    return fnl_hf.to_dense(model) if fnl_hf.factorizations(model) else model
 
 
 def bleu(model, tokenizer, tests: dict[str, list]) -> dict[str, float]:
