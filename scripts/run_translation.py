@@ -51,6 +51,7 @@ from fnl_hf.tasks.running import (
     write_text,
 )
 from fnl_hf.tasks.translation import (
+    MAY_CHANGE,
     DataArguments,
     Pair,
     TranslationTrainer,
@@ -63,6 +64,7 @@ from fnl_hf.tasks.translation import (
     sacrebleu_score,
     steps_of_epochs,
     train_tokenizer,
+    training_files,
     translate,
 )
 
@@ -106,7 +108,7 @@ def main() -> None:
         return translate_input(data_args, args.output_dir)
 
     # Whatever may be wrong with the input is found before anything is trained or written
-    job = Job(AutoModelForSeq2SeqLM, model_args, args)
+    job = Job(AutoModelForSeq2SeqLM, model_args, data_args, args, MAY_CHANGE)
     pairs = read_corpus(data_args)
     metric = hub_metric(data_args.metric) if data_args.metric else None
     if pretrained := job.checkpoint or model_args.model_name_or_path:
@@ -117,7 +119,7 @@ def main() -> None:
     datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
     if args.max_steps <= 0:
         args.max_steps = steps_of_epochs(datasets["train"], args)
-    job.announce()
+    job.announce(training_files(data_args))
 
     set_seed(args.seed)
     sizes = {name: getattr(model_args, name) for name in ("d_model", "layers", "heads", "ffn_dim", "dropout")}

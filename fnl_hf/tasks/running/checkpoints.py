@@ -12,6 +12,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from fnl_hf import FNLConfig, Plan
 
 from .errors import InputError
+from .locking import LOCK
+from .record import NAME
 
 
 def complete_checkpoints(output_dir: str | Path, like: PreTrainedConfig | None = None) -> list[Path]:
@@ -39,7 +41,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """
     if checkpoints := complete_checkpoints(output_dir):
         return checkpoints[-1]
-    others = sorted(path.name for path in Path(output_dir).glob("*") if path.is_file())
+    own = (LOCK, NAME)  # of a run that was killed before its first checkpoint
+    others = sorted(path.name for path in Path(output_dir).glob("*") if path.is_file() and path.name not in own)
     if others:
         raise InputError(
             f"--output_dir {output_dir} holds {', '.join(others[:3])}, but no checkpoint to resume from. Give another "
@@ -57,6 +60,10 @@ def average_checkpoints_(model: PreTrainedModel, checkpoints: list[Path]) -> Non
     states = [load_file(path / SAFE_WEIGHTS_NAME) for path in checkpoints]
     mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
     model.load_state_dict(mean, strict=False)  # tied weights are stored once
+
+
+def steps_done(checkpoint: Path) -> int:
+    return _trainer_state(checkpoint)["global_step"]
 
 
 def is_finished(checkpoint: Path, max_steps: int) -> bool:

@@ -1,6 +1,13 @@
 """Translation: parallel corpora, a joint BPE tokenizer, token-sized batches and scoring, for `scripts/`."""
 
-from .arguments import DataArguments, ModelArguments, TranslationArguments, parse_arguments
+from .arguments import (
+    MAY_CHANGE,
+    DataArguments,
+    ModelArguments,
+    TranslationArguments,
+    parse_arguments,
+    training_files,
+)
 from .batching import TokenBatchSampler, TranslationTrainer, encode, steps_of_epochs
 from .corpus import Pair, read_corpus
 from .model import new_marian
@@ -8,6 +15,7 @@ from .scoring import hub_metric, metric_scores, sacrebleu_score, translate
 from .tokenizer import train_tokenizer
 
 __all__ = [
+    "MAY_CHANGE",
     "DataArguments",
     "ModelArguments",
     "Pair",
@@ -23,5 +31,6 @@ __all__ = [
     "sacrebleu_score",
     "steps_of_epochs",
     "train_tokenizer",
+    "training_files",
     "translate",
 ]

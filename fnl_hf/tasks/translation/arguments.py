@@ -6,7 +6,43 @@ import torch
 
 from fnl_hf import FNLSeq2SeqTrainingArguments
 
-from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse
+from ..running import (
+    COUNT,
+    FactorizationArguments,
+    InputError,
+    Range,
+    RunArguments,
+    check_arguments,
+    check_best_metric,
+    check_factorization,
+    check_steps,
+    check_unused,
+    parse,
+)
+
+_RANGES = {
+    **dict.fromkeys(("num_beams", "d_model", "layers", "heads", "ffn_dim", "average_checkpoints"), COUNT),
+    "max_tokens": COUNT,
+    "vocab_size": Range(256 + 3, open_low=True),  # bytes and special tokens
+}
+_USELESS = {
+    "per_device_train_batch_size": "a batch is bounded by its tokens. Give --max_tokens",
+    "train_sampling_strategy": "batches are of similar lengths already. Leave it out",
+    "dataloader_drop_last": "every sentence is trained on. Leave it out",
+    "length_column_name": "lengths are counted. Leave it out",
+    "sortish_sampler": "batches are of similar lengths already. Leave it out",
+    "do_train": "this script trains. Give --translate to use a trained model",
+    "do_eval": "validation pairs are evaluated where there are any. Leave it, or them, out",
+    "do_predict": "test pairs are translated where there are any. Leave it, or them, out",
+    "generation_num_beams": "one search for all. Give --num_beams",
+    "generation_max_length": "one length for all. Give --max_length",
+}
+# What does not decide what is learned. Files to train on go by what is in them
+MAY_CHANGE = {
+    "train_file", "train_source", "train_target", "validation_file", "validation_source", "validation_target",
+    "test_file", "test_source", "test_target", "max_eval_samples", "num_beams", "metric", "translate",
+    "average_checkpoints",
+}  # fmt: skip
 
 
 @dataclass
@@ -57,7 +93,7 @@ class DataArguments:
 
 
 @dataclass
-class TranslationArguments(FNLSeq2SeqTrainingArguments):
+class TranslationArguments(RunArguments, FNLSeq2SeqTrainingArguments):
     """Training arguments with the defaults of the German-English run, and the size of a batch."""
 
     output_dir: str = field(default="runs/translation", metadata={"help": "Where checkpoints and results go."})
@@ -87,12 +123,28 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
         super().__post_init__()
 
 
+def training_files(data_args: DataArguments) -> list[str]:
+    """The files that are trained on; none for the corpus that ships."""
+    return [path for path in (data_args.train_file, data_args.train_source, data_args.train_target) if path]
+
+
 def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, TranslationArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    model_args, data_args, args = parse((ModelArguments, DataArguments, TranslationArguments), description)
+    model_args, data_args, args = parse(
+        (ModelArguments, DataArguments, TranslationArguments), description, ranges=_RANGES, useless=_USELESS
+    )
     check_arguments(args)
     check_factorization(model_args, args)
     check_steps(args)
+    check_best_metric(args, ())
+    if model_args.model_name_or_path:
+        sizes = ("vocab_size", "d_model", "layers", "heads", "ffn_dim")
+        check_unused(model_args.given, sizes, "the checkpoint has its own. Leave it out")
+    if args.save_total_limit and args.average_checkpoints > args.save_total_limit:
+        raise InputError(
+            f"--average_checkpoints {args.average_checkpoints} of the {args.save_total_limit} that are kept. Raise "
+            "--save_total_limit, or average fewer."
+        )
     if args.load_best_model_at_end and args.average_checkpoints > 1:
         raise InputError("--load_best_model_at_end is one checkpoint, not their mean. Add --average_checkpoints 1.")
     if data_args.source_lang == data_args.target_lang:
