@@ -25,6 +25,10 @@ _UNKEPT = {
 }
 
 
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
 class Range(NamedTuple):
     """What a number may be: `low` to `high`, without the ends that are said to be open."""
 
@@ -39,8 +43,12 @@ class Range(NamedTuple):
         return above and below
 
     def __str__(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        return low if self.high == math.inf else f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+        low = f"{'above' if self.open_low else 'at least'} {_plain(self.low)}"
+        return (
+            low
+            if self.high == math.inf
+            else f"{low} and {'below' if self.open_high else 'at most'} {_plain(self.high)}"
+        )
 
 
 COUNT, POSITIVE, AMOUNT = Range(1), Range(0, open_low=True), Range()
@@ -228,7 +236,7 @@ def check_numbers(groups: Iterable[Any], ranges: Mapping[str, Range]) -> None:
                 raise InputError(f"--{each.name} {value}: expected a finite number.")
             # a default need not be in the range: it may stand for "not given"
             if each.name in ranges and not ranges[each.name].has(value) and value != each.default:
-                raise InputError(f"--{each.name} {value:g}: expected {ranges[each.name]}.")
+                raise InputError(f"--{each.name} {_plain(value)}: expected {ranges[each.name]}.")
 
 
 def _check_reports(args: TrainingArguments) -> None:

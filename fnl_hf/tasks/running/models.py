@@ -1,5 +1,6 @@
 """The checkpoint that a script starts from or has trained: loading it, and whether its tokenizer fits."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -83,11 +84,15 @@ def check_optimizer(trainer: Trainer) -> None:
     """Make the optimizer and the schedule that training will make, for nothing, so that it fails before and not then.
 
     Raises:
-        InputError: the schedule ends before it has begun.
+        InputError: the schedule ends before it has begun, or the optimizer does not look at its arguments.
         ValueError, TypeError, ImportError: what torch and transformers raise.
     """
     args, steps = trainer.args, trainer.args.max_steps
     kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    without = copy.copy(args)
+    without.optim_args = None
+    if args.optim_args and options == trainer.get_optimizer_cls_and_kwargs(without, trainer.model)[1]:
+        raise InputError(f"--optim_args {args.optim_args}: nothing that {args.fnl_optim or args.optim.value} takes.")
     if options.keys() & {"params", "model", "optimizer_dict"}:  # of an optimizer that is made layer by layer
         return
     optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
