@@ -178,6 +178,11 @@ class FNLTrainerMixin(WarmStartMixin):
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
+    def _finalize_training(self, *args, **kwargs):
+        """As in `Trainer`, which divides by the steps of this call; see `log`."""
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
     def _save_checkpoint(self, model, trial):
         """As in `Trainer`, under the model's own names.
 

@@ -137,7 +137,7 @@ def fingerprint_of_files(paths: Iterable[str | Path]) -> str:
             digest.update(f"{file.relative_to(path) if path.is_dir() else ''} {size}\n".encode())
             with open(file, "rb") as content:
                 for i in range(_BLOCKS):
-                    content.seek(i * max(_BLOCK, (size - _BLOCK) // (_BLOCKS - 1)))
+                    content.seek(i * _BLOCK if size <= _BLOCK * _BLOCKS else (size - _BLOCK) * i // (_BLOCKS - 1))
                     digest.update(content.read(_BLOCK))
     return digest.hexdigest()[:12]
 
