@@ -6,9 +6,10 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import FNLConfig
+from .divergence import check_finite
 from .loss import LabelCount, labels_of
 from .optim import NAG, Lamb
-from .rules import FrobeniusDecay, LogFactorizations, Rule
+from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, Rule
 from .saving import own_names
 from .training_arguments import FNLArguments
 from .warm_start import WarmStartMixin
@@ -56,8 +57,8 @@ class FNLTrainerMixin(WarmStartMixin):
     def _set_up_rules(self) -> None:
         decay = next((rule for rule in self.rules if isinstance(rule, FrobeniusDecay)), None)
         own = [] if decay else [decay := FrobeniusDecay()]
-        self.callback_handler.callbacks[:0] = [LogFactorizations(decay), *own]
-        self._decay = decay
+        self._decay, self._losses = decay, LossSoFar()
+        self.callback_handler.callbacks[:0] = [LogFactorizations(decay), *own, self._losses]
         _ = self.rules  # binds them
 
     def add_callback(self, callback):
@@ -121,8 +122,15 @@ class FNLTrainerMixin(WarmStartMixin):
         return step % max(1, self.state.logging_steps) == 0 or (step == 1 and args.logging_first_step)
 
     def log(self, logs, *args, **kwargs):
-        """As in `Trainer`; what rules measure joins the loss."""
+        """As in `Trainer`; what rules measure joins the loss, and ``train_loss`` is that of all steps, resumed or not.
+
+        Raises:
+            FloatingPointError: Training has diverged: the Trainer itself leaves losses that are NaN out of the log.
+        """
+        if "train_loss" in logs:
+            logs["train_loss"] = self._losses.mean()  # in place: these are also the metrics that `train` returns
         if "loss" in logs:
+            check_finite(self.model, self.state.global_step)
             for rule in self.rules:
                 logs = logs | rule.logs()
         super().log(logs, *args, **kwargs)
@@ -170,13 +178,23 @@ class FNLTrainerMixin(WarmStartMixin):
 
     # -- checkpoints ------------------------------------------------------------------------------------
 
+    def _finalize_training(self, *args, **kwargs):
+        """As in `Trainer`, which divides by the steps of this call; see `log`."""
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
     def _save_checkpoint(self, model, trial):
         """As in `Trainer`, under the model's own names.
 
         A model loaded from a checkpoint with older names (LayerNorm.gamma, as bert-base-uncased has them) is saved with
         those, and what the Trainer reads back, to resume or as the best model, knows only the model's own: all
         LayerNorms would silently be lost (transformers issue 48805).
+
+        Raises:
+            FloatingPointError: Training has diverged: no run is to go on from that.
         """
+        check_finite(self.model, self.state.global_step)
+        self._losses.before_save()
         with own_names(self.model):
             super()._save_checkpoint(model, trial)
 

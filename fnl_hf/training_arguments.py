@@ -88,8 +88,8 @@ class FNLArguments:
         default=None,
         metadata={
             "help": "Train the dense model first and factorize it after this step (300), this share of the run (0.25), "
-            "or when the stable ranks have settled (stable; by half the run at the latest). train_loss and "
-            "train_runtime are then those of the steps after it. The config goes to FNLTrainer(fnl_config=...)."
+            "or when the stable ranks have settled (stable; by half the run at the latest). train_runtime is "
+            "then that of the steps after it. The config goes to FNLTrainer(fnl_config=...)."
         },
     )
 

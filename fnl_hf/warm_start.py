@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .config import FNLConfig
+from .divergence import check_finite
 from .factorization import factorizations, is_factorized
 from .measure import mean_stable_rank
 from .messages import say
@@ -92,7 +93,12 @@ class WarmStart(TrainerCallback, ExportableState):
     def _settled(self, args, state, model) -> bool:
         if self.at != STABLE or state.global_step % max(1, state.max_steps // _CHECKS):
             return False
-        before, self.stable_ranks = self.stable_ranks, [mean_stable_rank(t.found(model)) for t in self.targets]
+        try:
+            ranks = [mean_stable_rank(target.found(model)) for target in self.targets]
+        except torch.linalg.LinAlgError:
+            check_finite(model, state.global_step)
+            raise
+        before, self.stable_ranks = self.stable_ranks, ranks
         if before is None:
             return False
         settled = all(abs(new - old) < _SETTLED * old for old, new in zip(before, self.stable_ranks, strict=True))

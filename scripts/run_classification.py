@@ -39,6 +39,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, EvalPre
 
 import fnl_hf
 from fnl_hf.tasks.finetuning import (
+    METRICS,
+    TABLE_MAY_CHANGE,
     FineTuner,
     check_metrics,
     class_names,
@@ -51,7 +53,7 @@ from fnl_hf.tasks.finetuning import (
     read_tables,
     set_max_steps,
 )
-from fnl_hf.tasks.running import Job, check_fit, load, run_main, say, write_text
+from fnl_hf.tasks.running import Job, check_best_metric, check_fit, load, run_main, say, write_text
 
 
 def scores(output: EvalPrediction) -> dict[str, float]:
@@ -79,16 +81,18 @@ def main() -> None:
     # Whatever may be wrong with the input is found before anything is trained or written
     check_metrics()
     tables = read_tables(data_args)
-    job = Job(AutoModelForSequenceClassification, model_args, args, trains="train" in tables)
+    training = "train" in tables
+    job = Job(AutoModelForSequenceClassification, model_args, data_args, args, TABLE_MAY_CHANGE, trains=training)
     tokenizer = load_tokenizer(model_args)
     names = class_names(tables, load(AutoConfig, model_args.model_name_or_path))
+    check_best_metric(args, METRICS if len(names) == 2 else METRICS[1:])
     rows = {
         split: encode_table(table, tokenizer, data_args.max_seq_length, names if split != "test" else None)
         for split, table in tables.items()
     }
-    if "train" in rows:
+    if training:
         set_max_steps(args, len(rows["train"]))
-    job.announce()
+    job.announce([data_args.train_file] if training else ())
 
     set_seed(args.seed)
     model = load_model(

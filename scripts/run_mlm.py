@@ -31,6 +31,7 @@ import math
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fnl_hf.tasks.pretraining import (
+    MAY_CHANGE,
     SENTENCES,
     Blocks,
     DataArguments,
@@ -93,10 +94,10 @@ def main() -> None:
         return print_predictions(model, tokenizer, given_lines(data_args.predict), data_args.top)
 
     # Whatever may be wrong with the input is found before anything is trained or written
-    job = Job(AutoModelForMaskedLM, model_args, args)
+    job = Job(AutoModelForMaskedLM, model_args, data_args, args, MAY_CHANGE)
     tokenizer, stores = prepared_text(job.checkpoint, model_args, data_args, args)
     run, validation = make_datasets(stores, tokenizer, data_args, args)
-    job.announce()
+    job.announce(data_args.train_file or ())
 
     set_seed(args.seed)
     longest = max(sequence_lengths(data_args))
@@ -129,7 +130,7 @@ def main() -> None:
     if metrics := job.train():
         job.report("train", metrics | {"train_passes": round(run.passes, 2)})
     job.save()
-    if validation is not None:
+    if validation is not None and args.do_eval is not False:
         metrics = trainer.evaluate()
         perplexity = math.exp(min(metrics["eval_loss"], 700))  # beyond, floats end
         job.report("eval", metrics | {"eval_perplexity": perplexity, "eval_labels": validation.labels})

@@ -38,6 +38,7 @@ from transformers import AutoModelForQuestionAnswering, EvalPrediction, set_seed
 
 import fnl_hf
 from fnl_hf.tasks.finetuning import (
+    QA_MAY_CHANGE,
     FineTuner,
     Predictions,
     QAArguments,
@@ -107,7 +108,7 @@ def main() -> None:
 
     # Whatever may be wrong with the input is found before anything is trained or written
     training, validation = data_args.train_file is not None, data_args.validation_file is not None
-    job = Job(AutoModelForQuestionAnswering, model_args, args, trains=training)
+    job = Job(AutoModelForQuestionAnswering, model_args, data_args, args, QA_MAY_CHANGE, trains=training)
     tokenizer = load_tokenizer(model_args)
     train_questions, train_about = training_questions(data_args) if training else ([], {})
     eval_questions, eval_about = validation_questions(data_args) if validation else ([], {})
@@ -121,7 +122,7 @@ def main() -> None:
         train_rows, _ = encode_questions(train_questions, tokenizer, *sizes, keep_windows=False)
         train_about["train_windows"] = len(train_rows)
         set_max_steps(args, len(train_rows))
-    job.announce()
+    job.announce([data_args.train_file] if training else ())
 
     set_seed(args.seed)
     model = load_model(job, tokenizer)

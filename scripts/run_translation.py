@@ -66,6 +66,7 @@ from fnl_hf.tasks.running import (
     write_text,
 )
 from fnl_hf.tasks.translation import (
+    MAY_CHANGE,
     DataArguments,
     ModelArguments,
     Pair,
@@ -92,6 +93,7 @@ from fnl_hf.tasks.translation import (
     steps_of_epochs,
     store_search,
     train_tokenizer,
+    training_files,
     translate,
     write_translations,
 )
@@ -153,7 +155,7 @@ def score_finished(model_args: ModelArguments, data_args: DataArguments, args: T
     given = files["file"] or files["source"]
     name = Path(given).name.split(".")[0] if given else "shipped"
     args.output_dir, args.eval_strategy = str(Path(args.output_dir) / f"test-{name}"), "no"
-    job = Job(AutoModelForSeq2SeqLM, model_args, args, trains=False)
+    job = Job(AutoModelForSeq2SeqLM, model_args, data_args, args, trains=False)
     job.make_trainer(TranslationTrainer, model=model, processing_class=tokenizer)
     score(job, tokenizer, pairs, references, data_args, metric)
     job.report_resources()
@@ -177,7 +179,7 @@ def main() -> None:
         return score_finished(model_args, data_args, args)
 
     # Whatever may be wrong with the input is found before anything is trained or written
-    job = Job(AutoModelForSeq2SeqLM, model_args, args)
+    job = Job(AutoModelForSeq2SeqLM, model_args, data_args, args, MAY_CHANGE)
     pairs = read_corpus(data_args)
     references = read_references(data_args, pairs.get("test", []))
     bleu_for(data_args.target_lang)  # may lack a package
@@ -200,7 +202,7 @@ def main() -> None:
     datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
     if args.max_steps <= 0:
         args.max_steps = steps_of_epochs(datasets["train"], args)
-    job.announce()
+    job.announce(training_files(data_args))
 
     set_seed(args.seed)
     sizes = {name: getattr(model_args, name) for name in ("d_model", "layers", "heads", "ffn_dim")}

@@ -16,7 +16,7 @@ FLOORS = [
     {"proof"},
     {"plan"},
     {"initialization", "calibration", "saving", "selection", "heads", "ties"},
-    {"planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure"},
+    {"planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure", "divergence"},
     {"loading", "rules"},
     {"training_arguments", "warm_start", "loss", "trainer", "overview", "cli"},
     {""},  # the package itself: its public names

@@ -238,7 +238,7 @@ def test_learns_scores_and_reloads(monkeypatch, tmp_path, bert, reviews, capsys)
     assert "training is finished" in capsys.readouterr().out
     assert results_of(out)["train_runtime"] == results["train_runtime"]
     error = refusal(monkeypatch, capsys, "run_classification.py", **TINY | options | {"dropout": 0.5})
-    assert "is of a model with another attention_probs_dropout_prob" in error
+    assert "holds a run with --dropout None, not 0.5" in error
 
     # The fine-tuned model alone; rows sorted by length in training do not change the order of predictions
     options = {"model_name_or_path": out, "validation_file": reviews, "output_dir": tmp_path / "eval"}

@@ -555,7 +555,8 @@ def test_predictions_are_the_likeliest_of_every_mask(tokenizer):
 
 def run(monkeypatch, **values):
     """Run the script in this process, as from the command line: tiny, but for what `values` say."""
-    run_script(monkeypatch, "run_mlm.py", **TINY | values)
+    usual = TINY | {"vocab_size": None} if "model_name_or_path" in values else TINY  # a checkpoint has its own
+    run_script(monkeypatch, "run_mlm.py", **usual | values)
 
 
 @pytest.fixture
@@ -656,8 +657,10 @@ def test_a_run_resumes_with_its_own_tokenizer_and_not_as_another_model(monkeypat
     options = {"train_file": corpus, "save_steps": 1, "output_dir": tmp_path / "out"}
     run(monkeypatch, **options, max_steps=2)
     vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    (tmp_path / "out" / "run.json").unlink()  # as of an earlier version
     run(monkeypatch, **options, vocab_size=100, max_steps=3)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
+    (tmp_path / "out" / "run.json").unlink()
     dense = TINY | options | {"factorize": False, "max_steps": 4}
     assert "of a factorized model, and this one is dense" in refusal(monkeypatch, capsys, "run_mlm.py", **dense)
     error = refusal(monkeypatch, capsys, "run_mlm.py", **TINY, **options, dropout=0.2, max_steps=4)
@@ -732,6 +735,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys,
     monkeypatch.chdir(tmp_path)
     make_bad_inputs(tmp_path)
     options = TINY | {"max_steps": 1, "output_dir": "out"} | option
+    options["vocab_size"] = None if "model_name_or_path" in option else TINY["vocab_size"]  # a checkpoint has its own
     assert message in refusal(monkeypatch, capsys, "run_mlm.py", **options)
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial"))
 

@@ -3,6 +3,7 @@
 from .frobenius_decay import FrobeniusDecay
 from .imposed_norms import ImposeNorms, RecordNorms
 from .log_factorizations import LogFactorizations
+from .loss_so_far import LossSoFar
 from .rule import Rule
 
-__all__ = ["FrobeniusDecay", "ImposeNorms", "LogFactorizations", "RecordNorms", "Rule"]
+__all__ = ["FrobeniusDecay", "ImposeNorms", "LogFactorizations", "LossSoFar", "RecordNorms", "Rule"]

@@ -3,12 +3,15 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from ..decay import add_decay_gradients, decay_step, decay_terms, decayed
+from ..decay import add_decay_gradients, decay_step, decay_terms, decayed, of_kinds
+from ..divergence import check_finite
 from ..factorization import Factorization, factorizations
 from ..messages import aligned, say
 from ..optim import NAG, Lamb
@@ -21,6 +24,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
 }
 
+_HOOKS: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()  # of the rule that decays in its steps
+
 
 class FrobeniusDecay(Rule):
     """λ/2 Σ ‖product‖²_F, as the ``frobenius_decay…`` arguments ask for it; every `FNLTrainer` has this rule.
@@ -31,6 +36,7 @@ class FrobeniusDecay(Rule):
     """
 
     _couples = False  # until an optimizer is attached
+    _optimizer: Optimizer | None = None  # in whose steps factors shrink
 
     @property
     def coefficient(self) -> float:
@@ -59,10 +65,18 @@ class FrobeniusDecay(Rule):
             ValueError: Decay is asked for but nothing can be decayed, or it would be wrong in this run.
         """
         args, products = self.run.args, self.products()
+        if not self.run.waits_for_switch:
+            of_kinds(self.run.model, args.frobenius_decay_kinds)  # refuses unknown ones now, and not at the first log
         if args.frobenius_decay and not products and not self.run.waits_for_switch:
+            frozen = of_kinds(self.run.model, args.frobenius_decay_kinds)
+            remedy = (
+                f"the parameters of all {len(frozen)} are frozen, as adapters freeze them: unfreeze some, or set "
+                "frobenius_decay to 0"
+                if frozen
+                else "call fnl_hf.factorize(model) before making the trainer"
+            )
             raise ValueError(
-                f"frobenius_decay is {args.frobenius_decay}, but the model has no factorization that trains; "
-                "call fnl_hf.factorize(model) before making the trainer"
+                f"frobenius_decay is {args.frobenius_decay}, but the model has no factorization that trains; {remedy}"
             )
         if not products and args.frobenius_decay is None and factorizations(self.run.model):
             warnings.warn(
@@ -75,15 +89,38 @@ class FrobeniusDecay(Rule):
         if mode == "auto":
             mode = "coupled" if isinstance(optimizer, (SGD, NAG)) else "decoupled"
         self._couples = mode == "coupled"
-        if products and mode == "decoupled" and isinstance(optimizer, Lamb):
-            optimizer.frobenius = lambda: decay_terms(self.products(), self.coefficient_now())
-        elif products and mode == "decoupled":
-            optimizer.register_step_pre_hook(
-                lambda optimizer, *_: decay_step(self.products(), optimizer, self.coefficient_now())
-            )
+        self._optimizer = optimizer if products and mode == "decoupled" else None
+        self._take_over(optimizer)
         schedule = args.frobenius_decay_schedule
         coefficient = f"{self.coefficient:g}" + ("" if schedule == "constant" else f", {schedule} to 0")
         say(decay_table(self.run.model, optimizer, products, mode, coefficient))
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """An optimizer may have been another trainer's meanwhile: in this run it decays what this run asks for."""
+        super().on_train_begin(args, state, control)
+        if self._optimizer is not None:
+            self._take_over(self._optimizer)
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Decoupled decay in the steps of an optimizer, in place of that of any trainer that had it before."""
+        if (other := _HOOKS.pop(optimizer, None)) is not None:
+            other.remove()
+            if isinstance(optimizer, Lamb):
+                optimizer.frobenius = dict
+        if self._optimizer is None:
+            return
+        if isinstance(optimizer, Lamb):
+            optimizer.frobenius = lambda: decay_terms(self.products(), self.coefficient_now())
+        _HOOKS[optimizer] = optimizer.register_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer))
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, Lamb):  # it has its own place for the decay
+            return
+        try:
+            decay_step(self.products(), optimizer, self.coefficient_now())
+        except (FloatingPointError, torch.linalg.LinAlgError):
+            check_finite(self.run.model, self.run.state.global_step)
+            raise
 
     def after_backward(self, scale: float, logged: bool) -> None:
         """Coupled decay joins the gradients. Loss scales are powers of two: scaling the decay alike is exact."""

@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from ..decay import of_kinds
 from ..measure import gradient_norms, measurements
 from .frobenius_decay import FrobeniusDecay
@@ -32,10 +30,7 @@ class LogFactorizations(Rule):
         """``fnl/<name>`` over all products and ``fnl/<kind>/<name>``; see `fnl_hf.measure.measurements`."""
         if not self.run.args.log_factorizations or self.run.waits_for_switch:
             return {}
-        try:
-            measured = measurements(of_kinds(self.run.model, self.run.args.frobenius_decay_kinds))
-        except torch.linalg.LinAlgError:  # of weights that are not finite; the loss beside this says so
-            return {}
+        measured = measurements(of_kinds(self.run.model, self.run.args.frobenius_decay_kinds))
         for kind, (of_decay, of_loss) in self._gradient_norms.items():
             measured[kind]["decay_to_loss_gradient"] = of_decay / of_loss if of_loss else math.inf
         self._gradient_norms = {}

@@ -2,6 +2,8 @@
 
 from .answers import Predictions, predict_answers
 from .arguments import (
+    QA_MAY_CHANGE,
+    TABLE_MAY_CHANGE,
     FineTuningArguments,
     ModelArguments,
     QAArguments,
@@ -9,7 +11,7 @@ from .arguments import (
     parse_qa_arguments,
     parse_table_arguments,
 )
-from .metrics import check_metrics, classification_scores
+from .metrics import METRICS, check_metrics, classification_scores
 from .model import load_model, load_tokenizer
 from .scoring import squad_scores
 from .squad import Question, SquadFile, read_predictions, read_squad, training_questions, validation_questions
@@ -18,6 +20,9 @@ from .training import FineTuner, padding, set_max_steps
 from .windows import Window, encode_questions
 
 __all__ = [
+    "METRICS",
+    "QA_MAY_CHANGE",
+    "TABLE_MAY_CHANGE",
     "FineTuner",
     "FineTuningArguments",
     "ModelArguments",

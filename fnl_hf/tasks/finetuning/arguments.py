@@ -6,9 +6,32 @@ import torch
 
 from fnl_hf import FNLTrainingArguments
 
-from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, parse
+from ..running import (
+    COUNT,
+    FactorizationArguments,
+    InputError,
+    Range,
+    RunArguments,
+    check_arguments,
+    check_best_metric,
+    check_factorization,
+    check_unused,
+    parse,
+)
+from .metrics import METRICS
 
 _USAGE = "%(prog)s --model_name_or_path DIR --train_file FILE --validation_file FILE [--NAME VALUE ...]"
+_RANGES = {**dict.fromkeys(("n_best_size", "max_answer_length", "max_question_length"), COUNT), "doc_stride": Range()}
+
+_OF_TRAINING = {"max_train_samples", "factorize", "factorize_at", "dropout", "frobenius_decay", "overwrite_output_dir"}
+_NO_TEST = {"do_predict": "answers are written for the --validation_file. Leave it out"}
+
+# What does not decide what is learned. Files to train on go by what is in them
+QA_MAY_CHANGE = {
+    "train_file", "validation_file", "max_eval_samples", "n_best_size", "max_answer_length",
+    "null_score_diff_threshold", "score",
+}  # fmt: skip
+TABLE_MAY_CHANGE = {"train_file", "validation_file", "test_file", "max_eval_samples"}
 
 
 @dataclass
@@ -78,7 +101,7 @@ class TableArguments:
 
 
 @dataclass
-class FineTuningArguments(FNLTrainingArguments):
+class FineTuningArguments(RunArguments, FNLTrainingArguments):
     """Training arguments with the defaults of BERT's fine-tuning (Devlin et al. 2019)."""
 
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training data."})
@@ -119,16 +142,25 @@ class TableTrainingArguments(FineTuningArguments):
 
 def parse_qa_arguments(description: str) -> tuple[ModelArguments, QAArguments, QATrainingArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    model_args, data_args, args = parse((ModelArguments, QAArguments, QATrainingArguments), description, _USAGE)
+    model_args, data_args, args = parse(
+        (ModelArguments, QAArguments, QATrainingArguments), description, _USAGE, _RANGES, _NO_TEST
+    )
     if data_args.score:
         if not data_args.validation_file:
             raise InputError(f"--score {data_args.score} without --validation_file. Give the questions too.")
         return model_args, data_args, args
     _check_model(model_args, args)
-    _check_files(data_args, args, (data_args.train_file, data_args.validation_file))
-    for name in ("n_best_size", "max_answer_length", "max_question_length"):
-        if getattr(data_args, name) < 1:
-            raise InputError(f"--{name} {getattr(data_args, name)}: expected at least 1.")
+    _check_files(model_args, data_args, args, (data_args.train_file, data_args.validation_file))
+    if not data_args.version_2_with_negative:
+        check_unused(
+            model_args.given,
+            ("null_score_diff_threshold",),
+            "of questions without answer. Add --version_2_with_negative",
+        )
+    best = {"exact_match", "f1"}
+    if data_args.version_2_with_negative:
+        best |= {f"{part}_{name}" for part in ("HasAns", "NoAns") for name in best}
+    check_best_metric(args, best)
     return model_args, data_args, args
 
 
@@ -136,18 +168,29 @@ def parse_table_arguments(description: str) -> tuple[ModelArguments, TableArgume
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
     model_args, data_args, args = parse((ModelArguments, TableArguments, TableTrainingArguments), description, _USAGE)
     _check_model(model_args, args)
-    _check_files(data_args, args, (data_args.train_file, data_args.validation_file, data_args.test_file))
+    _check_files(model_args, data_args, args, (data_args.train_file, data_args.validation_file, data_args.test_file))
+    check_best_metric(args, METRICS)
     return model_args, data_args, args
 
 
-def _check_files(data_args: QAArguments | TableArguments, args: FineTuningArguments, files: tuple) -> None:
+def _check_files(
+    model_args: ModelArguments, data_args: QAArguments | TableArguments, args: FineTuningArguments, files: tuple
+) -> None:
+    """What is done: what there are files for, less what `do_train`, `do_eval` and `do_predict` leave out."""
     check_arguments(args)
     if not any(files):
         raise InputError("nothing to do. Give --train_file, --validation_file, or both.")
-    for name in ("max_train_samples", "max_eval_samples"):
-        limit = getattr(data_args, name)
-        if limit is not None and limit < 1:
-            raise InputError(f"--{name} {limit}: expected at least 1.")
+    for action, name in (("do_train", "train_file"), ("do_eval", "validation_file"), ("do_predict", "test_file")):
+        if getattr(args, action) and not getattr(data_args, name, None):
+            raise InputError(f"--{action} without --{name}. Give the file.")
+        if getattr(args, action) is False and name in model_args.given:
+            setattr(data_args, name, None)
+    if not any(getattr(data_args, f"{split}_file", None) for split in ("train", "validation", "test")):
+        raise InputError("nothing to do. Drop --do_train false, or --do_eval false.")
+    if not data_args.train_file:
+        check_unused(model_args.given, _OF_TRAINING, "nothing is trained. Give --train_file")
+    elif args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise InputError(f"--num_train_epochs {args.num_train_epochs:g}: nothing to train. Give a number above 0.")
     if args.prediction_loss_only or not args.eval_do_concat_batches:
         raise InputError("scores need all predictions. Drop --prediction_loss_only and --eval_do_concat_batches.")
     if args.eval_strategy != "no" and not data_args.validation_file:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from ..running import InputError
 
+METRICS = ("f1", "accuracy", "f1_macro", "matthews")  # the first of two classes only
+
 
 def check_metrics() -> None:
     """Raises `InputError` if scikit-learn is not installed."""

@@ -1,6 +1,7 @@
 """Masked-LM pretraining: text, tokenizers, packed blocks, masks and presets of models, for `scripts/`."""
 
 from .arguments import (
+    MAY_CHANGE,
     DataArguments,
     MLMArguments,
     ModelArguments,
@@ -19,6 +20,7 @@ from .tokenizer import check_tokenizer, train_tokenizer
 from .training import MLMTrainer, predict_masked
 
 __all__ = [
+    "MAY_CHANGE",
     "SENTENCES",
     "Blocks",
     "DataArguments",

@@ -6,9 +6,36 @@ import torch
 
 from fnl_hf import FNLTrainingArguments
 
-from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse
+from ..running import (
+    COUNT,
+    FactorizationArguments,
+    InputError,
+    Range,
+    RunArguments,
+    check_arguments,
+    check_best_metric,
+    check_factorization,
+    check_steps,
+    check_unused,
+    parse,
+)
 from .model import MODEL_TYPES, SIZES
 from .tokenizer import TOKENIZER_TYPES
+
+_RANGES = {
+    **dict.fromkeys(("max_line_length", "top"), COUNT),
+    "vocab_size": COUNT,  # the tokenizer itself knows its alphabet
+    "phase2_steps": Range(),
+}
+_USELESS = {
+    "train_sampling_strategy": "blocks come in the shuffled order of a run. Leave it out",
+    "remove_unused_columns": "examples say where they stand. Leave it out",
+    "dataloader_drop_last": "a run is made of whole batches. Leave it out",
+    "do_train": "this script trains. Give --predict to use a trained model",
+    "do_predict": "the masked sentences of --predict are what is predicted. Leave it out",
+}
+# What does not decide what is learned. Files to train on go by what is in them
+MAY_CHANGE = {"train_file", "validation_file", "max_eval_samples", "prepared_dir", "predict", "top", "head_at_masks"}
 
 
 @dataclass
@@ -78,7 +105,7 @@ class DataArguments:
 
 
 @dataclass
-class MLMArguments(FNLTrainingArguments):
+class MLMArguments(RunArguments, FNLTrainingArguments):
     """Training arguments with the defaults of the demonstration."""
 
     output_dir: str = field(default="runs/mlm", metadata={"help": "Where checkpoints and results go."})
@@ -116,7 +143,9 @@ class MLMArguments(FNLTrainingArguments):
 
 def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, MLMArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    model_args, data_args, args = parse((ModelArguments, DataArguments, MLMArguments), description)
+    model_args, data_args, args = parse(
+        (ModelArguments, DataArguments, MLMArguments), description, ranges=_RANGES, useless=_USELESS
+    )
     check_arguments(args)
     check_factorization(model_args, args)
     if args.fnl_optim and args.optim != MLMArguments.optim:
@@ -137,12 +166,32 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, ML
         raise InputError("a block has a begin and an end. Give a --max_seq_length and --phase2_seq_length above 2.")
     check_phases(data_args, args)
     check_steps(args)
-    if data_args.max_eval_samples is not None and data_args.max_eval_samples < 1:
-        raise InputError(f"--max_eval_samples {data_args.max_eval_samples}: expected at least 1.")
+    check_best_metric(args, ())
+    _check_unused(model_args, data_args, args)
     # a Run is in its order already, in whole batches, and its examples say where they stand; evaluation is of all
     args.train_sampling_strategy, args.remove_unused_columns = "sequential", False
     args.dataloader_drop_last = False
     return model_args, data_args, args
+
+
+def _check_unused(model_args: ModelArguments, data_args: DataArguments, args: MLMArguments) -> None:
+    given = model_args.given
+    if model_args.model_name_or_path:
+        sizes = ("model_type", "size", "dropout", "tokenizer_type", "vocab_size", "lowercase")
+        check_unused(given, sizes, "the checkpoint has its own. Leave it out")
+    elif model_args.tokenizer_name:
+        check_unused(given, ("tokenizer_type", "vocab_size", "lowercase"), "the tokenizer is given. Leave it out")
+    elif model_args.tokenizer_type != "wordpiece":
+        check_unused(given, ("lowercase",), "of wordpiece only. Leave it out")
+    if not data_args.phase2_steps:
+        check_unused(given, ("phase2_seq_length",), "of the second phase. Give --phase2_steps")
+    if not data_args.train_file:
+        check_unused(given, ("text_column", "documents"), "of your own text. Give --train_file")
+    if data_args.validation_file:
+        check_unused(given, ("validation_split_percentage",), "the validation text is given. Leave it out")
+        data_args.validation_split_percentage = 0.0
+    if args.do_eval and not data_args.validation_file and not data_args.validation_split_percentage:
+        raise InputError("--do_eval without validation text. Give --validation_file.")
 
 
 def check_phases(data_args: DataArguments, args: MLMArguments) -> None:

@@ -1,10 +1,16 @@
 """What the training scripts share: arguments, errors for their user, text files, checkpoints, and the job itself."""
 
 from .arguments import (
+    AMOUNT,
+    COUNT,
     FactorizationArguments,
+    Range,
+    RunArguments,
     check_arguments,
+    check_best_metric,
     check_factorization,
     check_steps,
+    check_unused,
     make_config,
     parse,
     parse_head_rank,
@@ -24,15 +30,21 @@ from .results import resources_used, write_json, write_text
 from .text import given_lines, open_text, read_lines
 
 __all__ = [
+    "AMOUNT",
+    "COUNT",
     "FactorizationArguments",
     "InputError",
     "Job",
+    "Range",
+    "RunArguments",
     "average_checkpoints_",
     "check_arguments",
+    "check_best_metric",
     "check_factorization",
     "check_fit",
     "check_same_model",
     "check_steps",
+    "check_unused",
     "complete_checkpoints",
     "given_lines",
     "is_finished",

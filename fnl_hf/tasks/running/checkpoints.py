@@ -14,6 +14,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from fnl_hf import FNLConfig, Plan
 
 from .errors import InputError
+from .locking import LOCK
+from .record import NAME
 
 
 def complete_checkpoints(output_dir: str | Path, like: PreTrainedConfig | None = None) -> list[Path]:
@@ -41,7 +43,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """
     if checkpoints := complete_checkpoints(output_dir):
         return checkpoints[-1]
-    others = sorted(path.name for path in Path(output_dir).glob("*") if path.is_file())
+    own = (LOCK, NAME)  # of a run that was killed before its first checkpoint
+    others = sorted(path.name for path in Path(output_dir).glob("*") if path.is_file() and path.name not in own)
     if others:
         raise InputError(
             f"--output_dir {output_dir} holds {', '.join(others[:3])}, but no checkpoint to resume from. Give another "
@@ -99,6 +102,10 @@ def _not_averaged(checkpoint: Path, name: str) -> str:
         f"{checkpoint} cannot be averaged with the others: its {name} is missing, or of another shape. Remove it, or "
         "add --average_checkpoints 1."
     )
+
+
+def steps_done(checkpoint: Path) -> int:
+    return _trainer_state(checkpoint)["global_step"]
 
 
 def is_finished(checkpoint: Path, max_steps: int, patience: int | None = None) -> bool:

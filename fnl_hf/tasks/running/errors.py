@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .locking import unlock
+
 
 class InputError(ValueError):
     """The user's input cannot be used. One line: what was given, what was expected, what to do."""
@@ -24,7 +26,10 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call the `main` of a script; an `InputError` in it is one line and exit status 2, Ctrl-C one line and 130."""
+    """Call the `main` of a script; an `InputError` in it is one line and exit status 2, Ctrl-C one line and 130.
+
+    So are files that cannot be read or written: of a full disk, or without permission.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -33,3 +38,8 @@ def run_main(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {one_line(error)}. Make room or give access, and repeat the command.", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        unlock()

@@ -1,9 +1,19 @@
 """The checkpoint that a script starts from or has trained: loading it, and whether its tokenizer fits."""
 
+import copy
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    Trainer,
+    get_scheduler,
+)
 
 from .errors import InputError, one_line
 
@@ -71,3 +81,29 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     offset = config.pad_token_id + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0
     longest = getattr(config, "max_position_embeddings", None)
     return longest - offset if longest is not None and longest > 0 else None  # XLNet's is -1
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """Make the optimizer and the schedule that training will make, for nothing, so that it fails before and not then.
+
+    Raises:
+        InputError: the schedule ends before it has begun, or the optimizer does not look at its arguments.
+        ValueError, TypeError, ImportError: what torch and transformers raise.
+    """
+    args, steps = trainer.args, trainer.args.max_steps
+    kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    without = copy.copy(args)
+    without.optim_args = None
+    if args.optim_args and options == trainer.get_optimizer_cls_and_kwargs(without, trainer.model)[1]:
+        raise InputError(f"--optim_args {args.optim_args}: nothing that {args.fnl_optim or args.optim.value} takes.")
+    if options.keys() & {"params", "model", "optimizer_dict"}:  # of an optimizer that is made layer by layer
+        return
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    warmup = args.get_warmup_steps(steps)
+    if args.lr_scheduler_type == SchedulerType.POLYNOMIAL and warmup == steps:
+        raise InputError(
+            f"--warmup_steps {args.warmup_steps:g} are all of the {steps} steps, and nothing is left for the decay of "
+            "the learning rate. Lower them, or raise --max_steps."
+        )
+    if args.lr_scheduler_type not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)

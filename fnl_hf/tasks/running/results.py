@@ -6,10 +6,15 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+
+from .errors import InputError, one_line
 
 
 def resources_used(started: float) -> dict[str, float]:
@@ -35,3 +40,29 @@ def write_text(path: Path, text: str) -> None:
     partial, content = path.with_suffix(".partial"), text.encode("utf-8")
     partial.write_bytes(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME) if path.suffix == ".xz" else content)
     os.replace(partial, path)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises `InputError` if no files can be written in a directory that may not be there yet."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output_dir {directory}: {existing} is a file. Give a directory.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {directory}: no permission to write in {existing}. Give another directory.")
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Weights that cannot be written, as on a full disk, are an `InputError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch tells of its files with a RuntimeError
+        if isinstance(error, RuntimeError) and not any(
+            word in str(error) for word in ("PytorchStreamWriter", "inline_container", "unexpected pos")
+        ):
+            raise
+        raise InputError(
+            f"a file cannot be read or written ({one_line(error)}). Make room or give access; the same command goes on "
+            "from the last checkpoint."
+        ) from error

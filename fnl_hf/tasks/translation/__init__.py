@@ -1,6 +1,13 @@
 """Translation: parallel corpora, a joint BPE tokenizer, token-sized batches and scoring, for `scripts/`."""
 
-from .arguments import DataArguments, ModelArguments, TranslationArguments, parse_arguments
+from .arguments import (
+    MAY_CHANGE,
+    DataArguments,
+    ModelArguments,
+    TranslationArguments,
+    parse_arguments,
+    training_files,
+)
 from .batching import TokenBatchSampler, TranslationTrainer, encode, steps_of_epochs
 from .collating import TranslationCollator
 from .corpus import Pair, read_corpus, read_split
@@ -20,6 +27,7 @@ from .tokenizer import train_tokenizer
 from .validation import Patience
 
 __all__ = [
+    "MAY_CHANGE",
     "DataArguments",
     "ModelArguments",
     "Pair",
@@ -48,6 +56,7 @@ __all__ = [
     "store_search",
     "target_ids",
     "train_tokenizer",
+    "training_files",
     "translate",
     "write_translations",
 ]

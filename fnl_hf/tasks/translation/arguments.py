@@ -8,7 +8,45 @@ import torch
 
 from fnl_hf import FNLSeq2SeqTrainingArguments
 
-from ..running import FactorizationArguments, InputError, check_arguments, check_factorization, check_steps, parse, say
+from ..running import (
+    AMOUNT,
+    COUNT,
+    FactorizationArguments,
+    InputError,
+    Range,
+    RunArguments,
+    check_arguments,
+    check_best_metric,
+    check_factorization,
+    check_steps,
+    check_unused,
+    parse,
+    say,
+)
+
+_RANGES = {
+    **dict.fromkeys(("d_model", "layers", "heads", "ffn_dim", "average_checkpoints", "max_tokens"), COUNT),
+    **dict.fromkeys(("num_beams", "eval_max_tokens", "early_stopping_patience"), COUNT),
+    "min_length": AMOUNT,
+    "length_penalty": Range(-math.inf),
+    "vocab_size": Range(256 + 3, open_low=True),  # bytes and special tokens
+}
+_USELESS = {
+    "per_device_train_batch_size": "a batch is bounded by its tokens. Give --max_tokens",
+    "train_sampling_strategy": "batches are of similar lengths already. Leave it out",
+    "dataloader_drop_last": "every sentence is trained on. Leave it out",
+    "length_column_name": "lengths are counted. Leave it out",
+    "sortish_sampler": "batches are of similar lengths already. Leave it out",
+    "do_eval": "validation pairs are evaluated where there are any. Leave it, or them, out",
+    "do_predict": "test pairs are translated where there are any. Leave it, or them, out",
+}
+_FINE_TUNING = {"learning_rate": 5e-5, "warmup_steps": 0.05}  # unless they are given
+# What does not decide what is learned. Files to train on go by what is in them
+MAY_CHANGE = {
+    "train_file", "train_source", "train_target", "validation_file", "validation_source", "validation_target",
+    "test_file", "test_source", "test_target", "max_eval_samples", "metric", "translate", "average_checkpoints",
+    "num_beams", "length_penalty", "min_length", "eval_max_tokens", "early_stopping_patience",
+}  # fmt: skip
 
 
 @dataclass
@@ -89,12 +127,8 @@ class DataArguments:
         return options | {"max_tokens": self.eval_max_tokens, "prefix": self.source_prefix}
 
 
-FROM_SCRATCH = {"learning_rate": 2e-3, "warmup_steps": 250}
-FINE_TUNING = {"learning_rate": 5e-5, "warmup_steps": 0.05}
-
-
 @dataclass
-class TranslationArguments(FNLSeq2SeqTrainingArguments):
+class TranslationArguments(RunArguments, FNLSeq2SeqTrainingArguments):
     """Training arguments with the defaults of the German-English run, and the size of a batch."""
 
     output_dir: str = field(default="runs/translation", metadata={"help": "Where checkpoints and results go."})
@@ -104,13 +138,12 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     num_train_epochs: float = field(
         default=0.0, metadata={"help": "Passes over the corpus, in place of max_steps; 0: max_steps counts."}
     )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate at the end of the warmup; 2e-3, or 5e-5 for a checkpoint."}
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "Learning rate at the end of the warmup; for a checkpoint 5e-5."}
     )
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float | None = field(
-        default=None,
-        metadata={"help": "Steps of linear warmup, or their share of all; 250, or 0.05 for a checkpoint."},
+    warmup_steps: float = field(
+        default=250, metadata={"help": "Steps of linear warmup, or below 1 their share of all; for a checkpoint 0.05."}
     )
     adam_beta2: float = field(default=0.98, metadata={"help": "Second beta of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights, and of factorizations."})
@@ -131,27 +164,35 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     def __post_init__(self):
         if self.num_train_epochs > 0:
             self.max_steps = -1
-        self.unset = [name for name in FROM_SCRATCH if getattr(self, name) is None]
-        self.set_unset(FROM_SCRATCH)
         super().__post_init__()
 
-    def set_unset(self, values: dict[str, float]) -> None:
-        """Give what the user did not give other values."""
-        for name in self.unset:
-            setattr(self, name, values[name])
+
+def training_files(data_args: DataArguments) -> list[str]:
+    """The files that are trained on; none for the corpus that ships."""
+    return [path for path in (data_args.train_file, data_args.train_source, data_args.train_target) if path]
 
 
 def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, TranslationArguments]:
     """The command line's arguments. Raises `InputError` where they exclude each other, or name what does not exist."""
-    model_args, data_args, args = parse((ModelArguments, DataArguments, TranslationArguments), description)
+    model_args, data_args, args = parse(
+        (ModelArguments, DataArguments, TranslationArguments), description, ranges=_RANGES, useless=_USELESS
+    )
     check_arguments(args)
     check_factorization(model_args, args)
     check_steps(args)
     if model_args.model_name_or_path:
-        args.set_unset(FINE_TUNING)
+        for name in _FINE_TUNING.keys() - model_args.given:
+            setattr(args, name, _FINE_TUNING[name])
         warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} of the steps"
         dropout = "its own dropout" if model_args.dropout is None else f"dropout {model_args.dropout:g}"
         say(f"Fine-tuning with learning rate {args.learning_rate:g}, warmup over {warmup}, {dropout}.")
+        sizes = ("vocab_size", "d_model", "layers", "heads", "ffn_dim")
+        check_unused(model_args.given, sizes, "the checkpoint has its own. Leave it out")
+    if args.save_total_limit and args.average_checkpoints > args.save_total_limit:
+        raise InputError(
+            f"--average_checkpoints {args.average_checkpoints} of the {args.save_total_limit} that are kept. Raise "
+            "--save_total_limit, or average fewer."
+        )
     if args.load_best_model_at_end and args.average_checkpoints > 1:
         raise InputError("--load_best_model_at_end is one checkpoint, not their mean. Add --average_checkpoints 1.")
     if data_args.source_lang == data_args.target_lang:
@@ -164,14 +205,8 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, Tr
 
 
 def check_search(data_args: DataArguments) -> None:
-    """Raises `InputError` for a search that finds nothing, or an option that one of its others makes void."""
-    for name, least in (("num_beams", 1), ("min_length", 0), ("eval_max_tokens", 1)):
-        value = getattr(data_args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: too low. Give {least} or more.")
+    """Raises `InputError` for an option of the search that one of its others makes void."""
     penalty, shortest = data_args.length_penalty, data_args.min_length
-    if penalty is not None and not math.isfinite(penalty):
-        raise InputError(f"--length_penalty {penalty}: not a finite number. Give one such as 1.0.")
     if penalty is not None and data_args.num_beams == 1:
         raise InputError("--length_penalty chooses among beams, and --num_beams is 1. Drop it, or raise the beams.")
     if shortest is not None and shortest > data_args.max_length:
@@ -187,10 +222,8 @@ def check_validation(args: TranslationArguments) -> None:
         raise InputError(
             "--generation_config: the checkpoint has its own. Give --num_beams, --length_penalty and --min_length."
         )
-    measured = ("loss", "bleu", "chrf")
+    check_best_metric(args, ("bleu", "chrf"))
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if best not in measured:
-        raise InputError(f"--metric_for_best_model {best}: not measured. Give one of {', '.join(measured)}.")
     if best != "loss" and not args.predict_with_generate:
         raise InputError(
             f"--metric_for_best_model {best} needs translations in validation. Add --predict_with_generate."
@@ -198,8 +231,6 @@ def check_validation(args: TranslationArguments) -> None:
     patience = args.early_stopping_patience
     if patience is None:
         return
-    if patience < 1:
-        raise InputError(f"--early_stopping_patience {patience}: too low. Give 1 or more.")
     if not args.load_best_model_at_end:
         raise InputError(
             "--early_stopping_patience waits for a better model, to end with the best. Add --load_best_model_at_end, "

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ..running import InputError
+
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the names that byte fallback looks for
 
@@ -16,6 +18,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
     Characters never seen fall back to their UTF-8 bytes, so every text with single blanks decodes to itself (after
     Unicode NFC). Words are split at blanks and around punctuation; an apostrophe stays with its letters ("don", "'t"
     are then learned as pieces of one word). Encoding ends with `</s>`; there is no begin token, as in Marian.
+
+    Raises:
+        InputError: `vocab_size` does not even hold the special tokens, the bytes and the alphabet.
     """
     bpe = Tokenizer(models.BPE(unk_token=UNK, byte_fallback=True))
     bpe.normalizer = normalizers.NFC()
@@ -33,6 +38,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.model = _with_bytes(bpe)
+    if (least := bpe.get_vocab_size()) > vocab_size:
+        raise InputError(
+            f"--vocab_size {vocab_size}: special tokens, bytes and the characters of the corpus alone are {least}. "
+            "Give more than these."
+        )
     bpe.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, bpe.token_to_id(EOS))]
     )
