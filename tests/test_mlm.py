@@ -694,7 +694,7 @@ def make_bad_inputs(folder: Path) -> None:
         ({"train_file": "no.txt"}, "no.txt: no such file"),
         ({"train_file": "empty.txt"}, "the training files hold no text"),
         ({"train_file": "good.txt", "validation_file": "empty.txt"}, "the validation files hold no text"),
-        ({"train_file": "binary.txt"}, "binary.txt, after line 0: not a readable UTF-8"),
+        ({"train_file": "binary.txt"}, "binary.txt, line 1: not a readable UTF-8"),
         ({"train_file": "long.txt", "max_line_length": 100}, "long.txt, line 1: longer than 100 characters"),
         ({"train_file": "short.txt"}, "not one block of 16"),
         ({"validation_file": "good.txt"}, "without --train_file"),
