@@ -15,7 +15,8 @@ A quarter of the run dense, then heads of half their rank:
 
     python scripts/run_translation.py --head_rank 0.5 --factorize_at 0.25 --output_dir runs/warm
 
-Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too):
+Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too);
+it is tokenized once, in bounded memory, into `prepared` beside the output directory:
 
     python scripts/run_translation.py --train_file train.json --test_file test.json --output_dir runs/own
     python scripts/run_translation.py --train_source train.fr --train_target train.en --test_source test.fr \\
@@ -24,7 +25,7 @@ Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}},
 Fine-tuning a pretrained checkpoint; the default learning rate is one for training from scratch:
 
     python scripts/run_translation.py --model_name_or_path path/to/opus-mt-de-en --learning_rate 3e-5 \\
-        --max_tokens 2000 --max_steps 500 --output_dir runs/opus
+        --max_tokens 4000 --max_steps 500 --output_dir runs/opus
     python scripts/run_translation.py --model_name_or_path path/to/t5-small --learning_rate 1e-4 \\
         --source_prefix "translate German to English: " --output_dir runs/t5
 """
@@ -46,6 +47,7 @@ from fnl_hf.tasks.running import (
     given_lines,
     load,
     load_trained,
+    prepared_directory,
     run_main,
     say,
     write_text,
@@ -59,10 +61,12 @@ from fnl_hf.tasks.translation import (
     metric_scores,
     new_marian,
     parse_arguments,
+    prepare_pairs,
+    prepare_vocabulary,
     read_corpus,
+    read_pairs,
     sacrebleu_score,
     steps_of_epochs,
-    train_tokenizer,
     translate,
 )
 
@@ -107,16 +111,19 @@ def main() -> None:
 
     # Whatever may be wrong with the input is found before anything is trained or written
     job = Job(AutoModelForSeq2SeqLM, model_args, args)
-    pairs = read_corpus(data_args)
+    corpus = read_corpus(data_args)
+    pairs = {split: read_pairs(corpus[split], data_args.max_eval_samples) for split in corpus.keys() - {"train"}}
     metric = hub_metric(data_args.metric) if data_args.metric else None
+    prepared = prepared_directory(data_args.prepared_dir, args.output_dir)
     if pretrained := job.checkpoint or model_args.model_name_or_path:
         tokenizer = load(AutoTokenizer, pretrained)
     else:
-        texts = (sentence for pair in pairs["train"] for sentence in pair)
-        tokenizer = train_tokenizer(texts, model_args.vocab_size, data_args.max_length)
-    datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
+        tokenizer = prepare_vocabulary(corpus["train"], model_args.vocab_size, data_args, prepared)
+    train = prepare_pairs(corpus["train"], tokenizer, data_args, prepared, progress=not args.disable_tqdm)
+    validation = encode(pairs["validation"], tokenizer, data_args) if "validation" in pairs else None
+    steps = steps_of_epochs(train, args)  # refuses sentences that no batch has room for
     if args.max_steps <= 0:
-        args.max_steps = steps_of_epochs(datasets["train"], args)
+        args.max_steps = steps
     job.announce()
 
     set_seed(args.seed)
@@ -131,8 +138,8 @@ def main() -> None:
     trainer = job.make_trainer(
         TranslationTrainer,
         model=model,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
+        train_dataset=train,
+        eval_dataset=validation,
         # label smoothing takes the labels from the model, so the decoder's inputs come from the collator
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         processing_class=tokenizer,
@@ -143,7 +150,7 @@ def main() -> None:
     if args.average_checkpoints > 1:
         average_checkpoints_(model, complete_checkpoints(job.output_dir, model.config)[-args.average_checkpoints :])
     job.save()
-    if "validation" in datasets:
+    if validation is not None:
         job.report("eval", trainer.evaluate())
     if "test" not in pairs:
         say("Not scored: give --test_file, or --test_source and --test_target.")

@@ -18,6 +18,7 @@ from .checkpoints import (
 )
 from .errors import InputError, one_line, one_line_errors, run_main
 from .job import Job
+from .learning import learn_tokens
 from .messages import say
 from .models import check_fit, load, load_trained, longest_input
 from .results import resources_used, write_json, write_text
@@ -50,6 +51,7 @@ __all__ = [
     "given_lines",
     "is_finished",
     "last_complete_checkpoint",
+    "learn_tokens",
     "load",
     "load_trained",
     "longest_input",

@@ -42,10 +42,19 @@ class DataArguments:
     validation_target: str | None = field(default=None, metadata={"help": "Their translations, one a line."})
     test_source: str | None = field(default=None, metadata={"help": "Test sentences, one a line."})
     test_target: str | None = field(default=None, metadata={"help": "Their translations, one a line."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first of them only."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first of them only; those that are skipped do not count."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on the first only."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a sentence; longer ones are cut."})
+    max_length: int = field(
+        default=128,
+        metadata={"help": "Tokens of a sentence: training skips pairs with a longer one, evaluation cuts sentences."},
+    )
     source_prefix: str = field(default="", metadata={"help": "Put before every source sentence, as T5 needs it."})
+    prepared_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where tokenized pairs are kept for the next run. Not given: `prepared` beside output_dir."},
+    )
     # Scoring
     num_beams: int = field(default=5, metadata={"help": "Beams of the search."})
     metric: str | None = field(
@@ -61,7 +70,9 @@ class TranslationArguments(FNLSeq2SeqTrainingArguments):
     """Training arguments with the defaults of the German-English run, and the size of a batch."""
 
     output_dir: str = field(default="runs/translation", metadata={"help": "Where checkpoints and results go."})
-    max_tokens: int = field(default=1000, metadata={"help": "Tokens of a batch, a side, padding included."})
+    max_tokens: int = field(
+        default=2000, metadata={"help": "Tokens of a batch, source and target together, padding included."}
+    )
     max_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
     num_train_epochs: float = field(
         default=0.0, metadata={"help": "Passes over the corpus, in place of max_steps; 0: max_steps counts."}
