@@ -64,7 +64,7 @@ def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, data_args: Dat
     sides = list(zip(*([text[: _CHARACTERS * most] for text in pair] for pair in pairs), strict=True))
     sources, targets = tokenize_pairs(tokenizer, *sides, prefix)
     if cut := sum(len(ids) > most for ids in targets):
-        say(f"{cut:,} of {len(pairs):,} validation targets are longer than {most} tokens: the loss is of these first.")
+        say(f"{cut:,} of {len(pairs):,} validation targets are longer than {most} tokens: the loss is of their first.")
     if any(len(ids) > most for ids in chain(sources, targets)):
         sources, targets = tokenize_pairs(tokenizer, *sides, prefix, most)
     return datasets.Dataset.from_dict({"input_ids": sources, "labels": targets})
@@ -229,5 +229,7 @@ class _Tokenizing(Dataset):
         if not pairs:
             return batch
         ids = zip(*tokenize_pairs(self.tokenizer, *zip(*pairs, strict=True), self.prefix), strict=True)
-        tokenized = (_LONG if max(map(len, sides)) > self.max_length else sides for sides in ids)
+        tokenized = (
+            _EMPTY if not all(sides) else _LONG if max(map(len, sides)) > self.max_length else sides for sides in ids
+        )
         return [outcome if isinstance(outcome, str) else next(tokenized) for outcome in batch]
