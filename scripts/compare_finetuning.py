@@ -16,17 +16,17 @@ from pathlib import Path
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 import fnl_hf
-from fnl_hf.tasks.running import run_main, write_json
+from fnl_hf.tasks.running import prepared_directory, run_main, write_json
 from fnl_hf.tasks.translation import (
     DataArguments,
     TranslationArguments,
     TranslationCollator,
     TranslationTrainer,
-    encode,
+    prepare_pairs,
     sacrebleu_scores,
     translate,
 )
-from fnl_hf.tasks.translation.corpus import read_shipped, read_text_pair
+from fnl_hf.tasks.translation.corpus import ParallelText, read_pairs, shipped_text
 
 VARIANTS = {
     "dense": None,
@@ -85,8 +85,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tests = {"new": read_text_pair(*options.test), "shipped": read_shipped("test")}
-    dataset = encode(read_text_pair(*options.train), tokenizer, DataArguments())
+    texts = [ParallelText(tuple(map(Path, files)), ("de", "en")) for files in (options.train, options.test)]
+    tests = {"new": read_pairs(texts[1]), "shipped": read_pairs(shipped_text("test"))}
+    dataset = prepare_pairs(texts[0], tokenizer, DataArguments(), prepared_directory(None, options.model))
     results = {"before": bleu(dense_model(options.model), tokenizer, tests)}
     print(f"before: {results['before']}", flush=True)
     for name, config in VARIANTS.items():

@@ -15,7 +15,8 @@ A quarter of the run dense, then heads of half their rank:
 
     python scripts/run_translation.py --head_rank 0.5 --factorize_at 0.25 --output_dir runs/warm
 
-Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too):
+Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too);
+it is tokenized once, in bounded memory, into `prepared` beside the output directory:
 
     python scripts/run_translation.py --train_file train.json --test_file test.json --output_dir runs/own
     python scripts/run_translation.py --train_source train.fr --train_target train.en --test_source test.fr \\
@@ -61,6 +62,7 @@ from fnl_hf.tasks.running import (
     given_lines,
     load,
     load_trained,
+    prepared_directory,
     run_main,
     say,
     write_text,
@@ -84,15 +86,17 @@ from fnl_hf.tasks.translation import (
     own_dropout,
     parse_arguments,
     prefix_of,
+    prepare_pairs,
+    prepare_vocabulary,
     read_corpus,
+    read_pairs,
     read_references,
-    read_split,
     sacrebleu_scores,
     set_first_token,
     set_languages,
+    split_text,
     steps_of_epochs,
     store_search,
-    train_tokenizer,
     training_files,
     translate,
     write_translations,
@@ -147,7 +151,8 @@ def load_finished(
 def score_finished(model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments) -> None:
     """Score the model of a finished run on a test set; what it had there stays: results get a folder of their own."""
     files = {kind: getattr(data_args, f"test_{kind}") for kind in ("file", "source", "target")}
-    pairs = read_split("test", data_args.source_lang, data_args.target_lang, **files)[: data_args.max_eval_samples]
+    text = split_text("test", data_args.source_lang, data_args.target_lang, **files)
+    pairs = read_pairs(text, data_args.max_eval_samples)
     references = read_references(data_args, pairs)
     bleu_for(data_args.target_lang)
     metric = hub_metric(data_args.metric) if data_args.metric else None
@@ -180,7 +185,8 @@ def main() -> None:
 
     # Whatever may be wrong with the input is found before anything is trained or written
     job = Job(AutoModelForSeq2SeqLM, model_args, data_args, args, MAY_CHANGE)
-    pairs = read_corpus(data_args)
+    corpus = read_corpus(data_args)
+    pairs = {split: read_pairs(corpus[split], data_args.max_eval_samples) for split in corpus.keys() - {"train"}}
     references = read_references(data_args, pairs.get("test", []))
     bleu_for(data_args.target_lang)  # may lack a package
     if args.predict_with_generate and "validation" not in pairs:
@@ -189,6 +195,7 @@ def main() -> None:
             "--validation_source and --validation_target."
         )
     metric = hub_metric(data_args.metric) if data_args.metric else None
+    prepared = prepared_directory(data_args.prepared_dir, args.output_dir)
     if pretrained := job.checkpoint or model_args.model_name_or_path:
         tokenizer = load(AutoTokenizer, pretrained)
         set_languages(tokenizer, data_args.source_lang, data_args.target_lang)
@@ -197,11 +204,12 @@ def main() -> None:
             tokenizer, config, data_args.source_lang, data_args.target_lang
         )
     else:
-        texts = (sentence for pair in pairs["train"] for sentence in pair)
-        tokenizer = train_tokenizer(texts, model_args.vocab_size, data_args.max_length)
-    datasets = {split: encode(pairs[split], tokenizer, data_args) for split in pairs.keys() - {"test"}}
+        tokenizer = prepare_vocabulary(corpus["train"], model_args.vocab_size, data_args, prepared)
+    train = prepare_pairs(corpus["train"], tokenizer, data_args, prepared, progress=not args.disable_tqdm)
+    validation = encode(pairs["validation"], tokenizer, data_args) if "validation" in pairs else None
+    steps = steps_of_epochs(train, args)  # refuses sentences that no batch has room for
     if args.max_steps <= 0:
-        args.max_steps = steps_of_epochs(datasets["train"], args)
+        args.max_steps = steps
     job.announce(training_files(data_args))
 
     set_seed(args.seed)
@@ -228,8 +236,8 @@ def main() -> None:
     trainer = job.make_trainer(
         TranslationTrainer,
         model=model,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
+        train_dataset=train,
+        eval_dataset=validation,
         data_collator=TranslationCollator.of(model, tokenizer),
         processing_class=tokenizer,
         callbacks=[Patience(patience)] if patience else [],
@@ -244,7 +252,7 @@ def main() -> None:
             say(f"averaging {len(last)} checkpoints, {args.average_checkpoints} were asked for")
         average_checkpoints_(model, last)
     job.save()
-    if "validation" in datasets:
+    if validation is not None:
         job.report("eval", trainer.evaluate())
     if "test" not in pairs:
         say("Not scored: give --test_file, or --test_source and --test_target.")

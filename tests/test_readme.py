@@ -41,6 +41,13 @@ def test_the_figures_are_those_of_the_results():
         assert shown.format(ratios[key]).replace("%", " %") in text
     for run in json.loads((RESULTS / "translation_default.json").read_text())["runs"]:
         assert f"| {run['seed']} | {run['test_bleu']:.2f} |" in text
+    for corpus in json.loads((RESULTS / "batches_cpu.json").read_text())["corpora"].values():
+        for variant in ("stock", "grouped"):
+            figures, ratio = corpus[variant], corpus["ratios"][f"ours / {variant}"]
+            row = f"| {figures['target_tokens_per_second']:,.0f} | {figures['padding']:.1%} | {ratio:.2f} x |"
+            assert row.replace("%", " %") in text
+        row = f"| {corpus['ours']['target_tokens_per_second']:,.0f} | {corpus['ours']['padding']:.1%} | |"
+        assert row.replace("%", " %") in text
     pretraining = json.loads((RESULTS / "benchmark_mlm_cpu.json").read_text())["ratios"]
     for variant, row in (("ours", "masked tokens only"), ("ours, all logits", "as transformers computes them")):
         ratio = pretraining[variant]

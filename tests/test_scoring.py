@@ -24,7 +24,7 @@ from fnl_hf.tasks.translation import (
     translate,
     write_translations,
 )
-from fnl_hf.tasks.translation.corpus import read_shipped
+from fnl_hf.tasks.translation.corpus import read_pairs, shipped_text
 from tests.script_runs import refusal, run_on_two_processes, run_script, same_weights, stopped_before
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,12 +52,12 @@ BEST = {
 
 @pytest.fixture(scope="module")
 def pairs():
-    return read_shipped("test")[:12]
+    return read_pairs(shipped_text("test"), 12)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(pairs):
-    texts = [text for pair in read_shipped("train")[:2000] for text in pair]
+    texts = [text for pair in read_pairs(shipped_text("train"), 2000) for text in pair]
     return train_tokenizer(texts, vocab_size=600)
 
 

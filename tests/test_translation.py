@@ -1,24 +1,31 @@
 """The translation wing: shipped corpus, readers and their errors, tokenizer, batches, scoring; and the script."""
 
-import gzip
 import io
 import json
-import lzma
-import random
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 import fnl_hf
-from fnl_hf.tasks.running import InputError, average_checkpoints_, is_finished, last_complete_checkpoint
-from fnl_hf.tasks.translation import TokenBatchSampler, hub_metric, new_marian, sacrebleu_scores, translate
+from fnl_hf.tasks.running import (
+    InputError,
+    average_checkpoints_,
+    is_finished,
+    last_complete_checkpoint,
+    read_lines,
+)
 from fnl_hf.tasks.translation import corpus as corpora
+from fnl_hf.tasks.translation import (
+    hub_metric,
+    new_marian,
+    sacrebleu_scores,
+    translate,
+)
 from fnl_hf.tasks.translation.tokenizer import train_tokenizer
 from tests.formats import make_format_1
 from tests.script_runs import (
@@ -35,7 +42,7 @@ SMALL = {"d_model": 16, "layers": 1, "heads": 2, "ffn_dim": 32, "max_length": 40
 TINY = {
     **SMALL,
     "vocab_size": 600,
-    "max_tokens": 300,
+    "max_tokens": 600,
     "num_beams": 2,
     "max_train_samples": 400,
     "max_eval_samples": 8,
@@ -46,7 +53,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def shipped():
-    return {split: corpora.read_shipped(split) for split in corpora.SPLITS}
+    return {split: corpora.read_pairs(corpora.shipped_text(split)) for split in corpora.SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +84,9 @@ def test_no_sentence_is_in_two_splits_or_twice_in_one(shipped, side):
 
 def test_the_shipped_corpus_goes_both_ways_and_no_other(shipped):
     german, english = shipped["test"][0]
-    assert corpora.read_shipped("test", "en", "de")[0] == (english, german)
+    assert corpora.read_pairs(corpora.shipped_text("test", "en", "de"), 1) == [(english, german)]
     with pytest.raises(InputError, match="de and en, not fr and en"):
-        corpora.read_shipped("test", "fr", "en")
+        corpora.shipped_text("test", "fr", "en")
 
 
 @pytest.mark.parametrize(
@@ -113,56 +120,7 @@ def test_the_corpus_script_rebuilds_the_same_files_from_an_export(monkeypatch, t
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == [f"tatoeba-de-en.{split}.tsv.xz" for split in ("test", "train", "validation")]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
-    assert len(corpora.read_lines(tmp_path / "a" / files[1])) == 20
-
-
-# -- readers and what they refuse -----------------------------------------------------------------------
-
-
-def test_json_lines_and_text_files_give_the_same_pairs(tmp_path):
-    pairs = [("Schöne Grüße.", "Kind regards."), ("Bis bald!", "See you!")]
-    lines = [json.dumps({"translation": {"de": source, "en": target}}) for source, target in pairs]
-    (tmp_path / "x.json").write_text("\n".join(lines) + "\n\n")
-    with gzip.open(tmp_path / "x.de.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(source for source, _ in pairs) + "\n\n")
-    with lzma.open(tmp_path / "x.en.xz", "wt", encoding="utf-8") as file:
-        file.write("\r\n".join(target for _, target in pairs) + "\r\n\r\n")
-    assert corpora.read_json_lines(tmp_path / "x.json", "de", "en") == pairs
-    assert corpora.read_text_pair(tmp_path / "x.de.gz", tmp_path / "x.en.xz") == pairs
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("", "no sentence pairs"),
-        ('{"translation": {"de": "Ja.", "en": ""}}', "1 of 1 pairs have an empty side; the first has no target"),
-        ('{"translation": {"de": "Ja.", "fr": "Oui."}}', "line 1: no language 'en', only de, fr. Set --source_lang"),
-        ('{"translation": {"de": "Ja.", "en": null}}', "line 1: .* is not text"),
-        ('{"de": "Ja."}', "line 1: expected"),
-        ("Ja.\tYes.", "line 1: expected"),
-        (b"\xff\xfe", "not a readable UTF-8"),
-    ],
-)
-def test_json_lines_errors(tmp_path, content, message):
-    path = tmp_path / "x.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message) as error:
-        corpora.read_json_lines(path, "de", "en")
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
-
-
-def test_text_file_errors(tmp_path):
-    (tmp_path / "three").write_text("a\nb\nc\n")
-    (tmp_path / "two").write_text("a\nb\n")
-    (tmp_path / "holes").write_text("a\n\nc\n")
-    with pytest.raises(InputError, match="has 3 lines and .* has 2"):
-        corpora.read_text_pair(tmp_path / "three", tmp_path / "two")
-    with pytest.raises(InputError, match="1 of 3 pairs .* no source for 'b'"):
-        corpora.read_text_pair(tmp_path / "holes", tmp_path / "three")
-    with pytest.raises(InputError, match="no such file"):
-        corpora.read_text_pair(tmp_path / "none", tmp_path / "two")
-    with pytest.raises(InputError, match="go together"):
-        corpora.read_split("test", "de", "en", source="only.de")
+    assert len(read_lines(tmp_path / "a" / files[1])) == 20
 
 
 # -- tokenizer ------------------------------------------------------------------------------------------
@@ -191,57 +149,6 @@ def test_tokenizer_collates_for_marian(tokenizer):
     assert batch["decoder_input_ids"][:, 0].tolist() == [tokenizer.pad_token_id] * 2
     assert torch.equal(batch["decoder_input_ids"][0, 1:], batch["labels"][0, :-1])
     assert batch["attention_mask"].shape == batch["input_ids"].shape
-
-
-# -- batches --------------------------------------------------------------------------------------------
-
-
-def lengths_of(count: int) -> list[tuple[int, int]]:
-    rng = random.Random(0)
-    return [(rng.randint(2, 30), rng.randint(2, 30)) for _ in range(count)]
-
-
-def test_batches_keep_to_their_tokens_and_cover_everything_once():
-    lengths = lengths_of(1000)
-    sampler = TokenBatchSampler(lengths, max_tokens=200, seed=3)
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert len(batches) == len(sampler)
-        assert sorted(i for batch in batches for i in batch) == list(range(1000))
-        assert all(len(batch) * max(lengths[i][side] for i in batch) <= 200 for batch in batches for side in (0, 1))
-    used = sum(lengths[i][1] for i in range(1000))
-    padded = sum(len(batch) * max(lengths[i][1] for i in batch) for batch in batches)
-    assert used / padded > 0.95  # similar lengths are together
-
-
-def test_batches_depend_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        sampler = TokenBatchSampler(lengths_of(300), max_tokens=200, seed=seed)
-        sampler.set_epoch(epoch)
-        torch.rand(1), random.random()
-        return list(sampler)
-
-    assert order(1, 2) == order(1, 2)
-    assert order(1, 2) != order(1, 3)
-    assert order(1, 2) != order(2, 2)
-    assert {frozenset(batch) for batch in order(1, 2)} != {frozenset(batch) for batch in order(1, 3)}
-
-
-def test_batches_are_dealt_to_processes_and_skipped_on_resume():
-    sampler = TokenBatchSampler(lengths_of(300), max_tokens=200, seed=1)
-    batches = list(sampler)
-    shards = [BatchSamplerShard(sampler, num_processes=2, process_index=rank) for rank in range(2)]
-    dealt = [list(shard) for shard in shards]
-    assert len(dealt[0]) == len(dealt[1]) == len(shards[0]) == -(-len(batches) // 2)
-    for step in range(len(batches) // 2):
-        assert [dealt[0][step], dealt[1][step]] == batches[2 * step : 2 * step + 2]
-    assert list(SkipBatchSampler(shards[1], skip_batches=3)) == dealt[1][3:]
-
-
-def test_a_sentence_above_the_batch_size_is_refused():
-    with pytest.raises(InputError, match="31 tokens and a batch at most 30. Raise --max_tokens"):
-        TokenBatchSampler([(3, 31)], max_tokens=30, seed=0)
 
 
 # -- scoring --------------------------------------------------------------------------------------------
@@ -472,4 +379,4 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, tmp_path, capsys,
     options = {"max_steps": 1, "output_dir": "out"} | option
     options |= {} if "model_name_or_path" in option else {name: TINY[name] for name in TINY.keys() - options}
     assert message in refusal(monkeypatch, capsys, "run_translation.py", **options)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial"))

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pairs():
-    return corpora.read_shipped("train")[:300]
+    return corpora.read_pairs(corpora.shipped_text("train"), 300)
 
 
 @pytest.fixture(scope="module")

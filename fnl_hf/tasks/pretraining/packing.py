@@ -7,8 +7,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..running import InputError
-from .preparation import TokenStore
+from ..running import InputError, TokenStore
 
 
 class Blocks(Sequence):

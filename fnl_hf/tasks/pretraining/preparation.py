@@ -1,56 +1,30 @@
 """From text to token ids on disk: once per corpus and tokenizer, in bounded memory, all or nothing."""
 
-import array
-import hashlib
-import itertools
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..running import InputError, load
+from ..running import (
+    InputError,
+    TokenStore,
+    TokenWriter,
+    fingerprint,
+    load,
+    once,
+    prepare_tokenizer,
+    prepared_directory,
+    tokenizer_digest,
+)
 from .arguments import DataArguments, MLMArguments, ModelArguments, sequence_lengths
 from .demonstration import shipped_file
 from .text import END, corpus_files, read_corpus
 from .tokenizer import check_tokenizer, train_tokenizer
 
-_FORMAT = 2  # of the files below; raise it when they change
 _PIECE = 100_000  # characters that are tokenized at once: a tokenizer needs some 100 bytes a token
 _BATCH = 1_000_000  # characters of a batch of lines
-
-
-class TokenStore:
-    """The token ids of one split, memory-mapped.
-
-    The documents stand one after another, each followed by a separator token and none with a begin token: a block of
-    any length is a slice of them.
-
-    Attributes:
-        tokens: (tokens,) ids of all documents, separators included.
-        ends: (documents,) where each document ends, before its separator.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-
-    def __reduce__(self):  # workers map the file again
-        return TokenStore, (self.directory,)
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        (path,) = self.directory.glob("tokens.*")  # the suffix is the type of the ids
-        return np.memmap(path, path.suffix[1:], "r")
-
-    @cached_property
-    def ends(self) -> np.ndarray:
-        return np.load(self.directory / "ends.npy", mmap_mode="r")
 
 
 def prepared_text(
@@ -78,7 +52,7 @@ def prepared_text(
             yield line
         progress.close()
 
-    directory = Path(data_args.prepared_dir) if data_args.prepared_dir else Path(args.output_dir).parent / "prepared"
+    directory = prepared_directory(data_args.prepared_dir, args.output_dir)
     name = checkpoint or model_args.tokenizer_name or model_args.model_name_or_path
     if name is not None:
         tokenizer = load(AutoTokenizer, name)
@@ -107,27 +81,6 @@ def prepared_text(
     }
 
 
-def fingerprint(files: Iterable[Path], **options) -> str:
-    """Twelve hexadecimal digits that change with the files of a corpus (path, size, time) and with what is done."""
-    inside = itertools.chain.from_iterable(sorted(path.rglob("*")) if path.is_dir() else [path] for path in files)
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in inside]
-    about = {"format": _FORMAT, "files": stats, **options}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that decides how text is stored."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    about = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    return hashlib.sha256(f"{about} {tokenizer.sep_token_id}".encode()).hexdigest()
-
-
-def prepare_tokenizer(directory: Path, make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, made there if there is none."""
-    _once(directory, lambda partial: make().save_pretrained(partial))
-    return AutoTokenizer.from_pretrained(directory)
-
-
 def prepare_store(
     directory: Path, read: Callable[[], Iterable[str | None]], tokenizer: PreTrainedTokenizerBase, name: str = "text"
 ) -> TokenStore:
@@ -145,51 +98,30 @@ def prepare_store(
         if not write_store(partial, read(), tokenizer):
             raise InputError(f"the {name} files hold no text. Give a corpus with at least one line.")
 
-    _once(directory, write)
+    once(directory, write)
     return TokenStore(directory)
 
 
-def _once(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a directory beside `directory`, and rename it when it is complete.
-
-    What an interrupted call left is removed by the next one, which starts again. A second process waits for the first
-    and finds its work done.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_suffix(".lock")):
-        if directory.is_dir():
-            return
-        partial = directory.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            write(partial)
-            os.replace(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_store(directory: Path, lines: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Write a `TokenStore` of `lines` with `END` behind every document; returns its number of tokens."""
-    directory.mkdir(parents=True)
-    kind = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    separator = np.array([tokenizer.sep_token_id], kind)
+    """Write a `TokenStore` of `lines` with `END` behind every document; returns its number of tokens.
+
+    The documents are each followed by a separator token, behind their end, and none begins with a begin token: a block
+    of any length is a slice of them.
+    """
     blank = " " if _needs_blank(tokenizer) else ""
-    ends, total, start = array.array("q"), 0, 0
-    with open(directory / f"tokens.{kind.name}", "wb") as file:
+    start = 0
+    with TokenWriter(directory, tokenizer) as writer:
         for batch in _batches(lines):
             texts = [line if line.startswith(" ") else blank + line for line in batch if line is not END]
             encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
             for line in batch:
                 if line is not END:
-                    ids = np.array(next(encoded), kind)
-                    file.write(ids)
-                    total += len(ids)
-                elif total > start:  # not a document without tokens
-                    ends.append(total)
-                    file.write(separator)
-                    total = start = total + 1
-    np.save(directory / "ends.npy", np.array(ends, np.int64))
-    return total
+                    writer.write(next(encoded))
+                elif writer.total > start:  # not a document without tokens
+                    writer.end()
+                    writer.write([tokenizer.sep_token_id])
+                    start = writer.total
+    return writer.total
 
 
 def _needs_blank(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,18 +5,14 @@ JSON) at a time, and refuses one that is longer than it may be, before it has re
 that names the file, the line where there is one, and the remedy.
 """
 
-import gzip
 import itertools
-import json
-import lzma
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from ..running import InputError, one_line, open_text
+from ..running import InputError, bounded_lines, one_line, parse_json
 
 END = None  # a document ends here
 
@@ -91,25 +87,6 @@ def read_corpus(
             yield END
 
 
-def bounded_lines(path: Path, max_length: int) -> Iterator[str]:
-    """Lines of a text file, stripped, that have at most `max_length` characters; more are never in memory."""
-    number = 0
-    try:
-        with open_text(path) as file:
-            while line := file.readline(max_length + 1):
-                number += 1
-                if len(line) > max_length and not line.endswith("\n"):
-                    raise InputError(
-                        f"{path}, line {number}: longer than {max_length} characters. Break it into several lines, or "
-                        "raise --max_line_length if memory allows."
-                    )
-                yield line.removeprefix("\ufeff").strip() if number == 1 else line.strip()
-    except (UnicodeDecodeError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise InputError(
-            f"{path}, after line {number}: not a readable UTF-8 text file ({error}). Convert it to UTF-8 first."
-        ) from error
-
-
 def _kind(path: Path) -> str:
     """The suffix that says what a file holds, compressed or not."""
     return Path(path.stem).suffix if path.suffix in (".gz", ".xz") else path.suffix
@@ -120,11 +97,12 @@ def _json_texts(path: Path, column: str, max_length: int) -> Iterator[str]:
         if not line:
             continue
         try:
-            text = json.loads(line)[column]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            text = parse_json(line)[column]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({one_line(error)})" if isinstance(error, ValueError) else ""
             raise InputError(
-                f'{path}, line {number}: expected {{"{column}": "…"}}, got {line[:60]!r}. Write one such JSON object a '
-                "line, or set --text_column."
+                f'{path}, line {number}: expected {{"{column}": "…"}}, got {line[:60]!r}{reason}. Write one such JSON '
+                "object a line, or set --text_column."
             ) from error
         if not isinstance(text, str):
             raise InputError(f"{path}, line {number}: {column!r} is {text!r:.60}, not text. Give a string.")

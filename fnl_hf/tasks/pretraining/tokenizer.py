@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..running import InputError
+from ..running import InputError, learn_tokens
 
 TOKENIZER_TYPES = ("wordpiece", "bpe")
 _CONTINUES = "##"  # a piece that continues a word, in WordPiece
@@ -91,7 +91,7 @@ def _train_wordpiece(lines, vocab_size: int, special: list[str], lowercase: bool
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    trained.train_from_iterator(lines(), trainer)
+    learn_tokens(trained, lines(), trainer)
     tokenizer = with_splitting(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
     tokenizer.add_special_tokens(special)
     tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUES)
@@ -113,7 +113,7 @@ def _train_bpe(lines, vocab_size: int, special: list[str]) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(lines(), trainer)
+    learn_tokens(tokenizer, lines(), trainer)
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""What the training scripts share: arguments, errors for their user, text files, checkpoints, and the job itself."""
+"""What the training scripts share: arguments, errors for their user, text, stores, checkpoints, and the job itself."""
 
 from .arguments import (
     AMOUNT,
@@ -24,10 +24,20 @@ from .checkpoints import (
 )
 from .errors import InputError, one_line, one_line_errors, run_main
 from .job import Job
+from .learning import learn_tokens
 from .messages import say
 from .models import check_fit, load, load_trained, longest_input
 from .results import resources_used, write_json, write_text
-from .text import given_lines, open_text, read_lines
+from .store import (
+    TokenStore,
+    TokenWriter,
+    fingerprint,
+    once,
+    prepare_tokenizer,
+    prepared_directory,
+    tokenizer_digest,
+)
+from .text import bounded_lines, given_lines, open_text, parse_json, read_lines
 
 __all__ = [
     "AMOUNT",
@@ -37,7 +47,10 @@ __all__ = [
     "Job",
     "Range",
     "RunArguments",
+    "TokenStore",
+    "TokenWriter",
     "average_checkpoints_",
+    "bounded_lines",
     "check_arguments",
     "check_best_metric",
     "check_factorization",
@@ -46,22 +59,29 @@ __all__ = [
     "check_steps",
     "check_unused",
     "complete_checkpoints",
+    "fingerprint",
     "given_lines",
     "is_finished",
     "last_complete_checkpoint",
+    "learn_tokens",
     "load",
     "load_trained",
     "longest_input",
     "make_config",
+    "once",
     "one_line",
     "one_line_errors",
     "open_text",
     "parse",
     "parse_head_rank",
+    "parse_json",
+    "prepare_tokenizer",
+    "prepared_directory",
     "read_lines",
     "resources_used",
     "run_main",
     "say",
+    "tokenizer_digest",
     "write_json",
     "write_text",
 ]

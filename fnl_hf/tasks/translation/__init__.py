@@ -8,9 +8,10 @@ from .arguments import (
     parse_arguments,
     training_files,
 )
-from .batching import TokenBatchSampler, TranslationTrainer, encode, steps_of_epochs
+from .batching import TokenBatchSampler, TranslationTrainer, steps_of_epochs
 from .collating import TranslationCollator
-from .corpus import Pair, read_corpus, read_split
+from .corpus import Pair, ParallelText, read_corpus, read_pairs, split_text
+from .encoding import PairStore, encode, prepare_pairs, prepare_vocabulary, tokenize_pairs
 from .generation import store_search, translate
 from .languages import languages_of, prefix_of, set_first_token, set_languages, target_ids
 from .model import new_marian, own_dropout
@@ -31,6 +32,8 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "Pair",
+    "PairStore",
+    "ParallelText",
     "Patience",
     "References",
     "TokenBatchSampler",
@@ -46,15 +49,19 @@ __all__ = [
     "own_dropout",
     "parse_arguments",
     "prefix_of",
+    "prepare_pairs",
+    "prepare_vocabulary",
     "read_corpus",
+    "read_pairs",
     "read_references",
-    "read_split",
     "sacrebleu_scores",
     "set_first_token",
     "set_languages",
+    "split_text",
     "steps_of_epochs",
     "store_search",
     "target_ids",
+    "tokenize_pairs",
     "train_tokenizer",
     "training_files",
     "translate",

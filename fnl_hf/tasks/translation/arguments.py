@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "train_file", "train_source", "train_target", "validation_file", "validation_source", "validation_target",
     "test_file", "test_source", "test_target", "max_eval_samples", "metric", "translate", "average_checkpoints",
     "num_beams", "length_penalty", "min_length", "eval_max_tokens", "early_stopping_patience",
+    "prepared_dir",
 }  # fmt: skip
 
 
@@ -89,10 +90,19 @@ class DataArguments:
     test_target: list[str] | None = field(
         default=None, metadata={"help": "Their translations, one a line; further files are further references."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first of them only."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on the first of them only; those that are skipped do not count."}
+    )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Validate and test on the first only."})
-    max_length: int = field(default=128, metadata={"help": "Tokens of a sentence; longer ones are cut."})
+    max_length: int = field(
+        default=128,
+        metadata={"help": "Tokens of a sentence: training skips pairs with a longer one, evaluation cuts sentences."},
+    )
     source_prefix: str = field(default="", metadata={"help": "Put before every source sentence, as T5 needs it."})
+    prepared_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where tokenized pairs are kept for the next run. Not given: `prepared` beside output_dir."},
+    )
     # Scoring
     num_beams: int | None = field(
         default=None, metadata={"help": "Beams of the search. Not given: the checkpoint's; 5 of a new model."}
@@ -133,7 +143,9 @@ class TranslationArguments(RunArguments, FNLSeq2SeqTrainingArguments):
 
     output_dir: str = field(default="runs/translation", metadata={"help": "Where checkpoints and results go."})
     do_train: bool = field(default=True, metadata={"help": "false: only score output_dir, on the test set given."})
-    max_tokens: int = field(default=1000, metadata={"help": "Tokens of a batch, a side, padding included."})
+    max_tokens: int = field(
+        default=2000, metadata={"help": "Tokens of a batch, source and target together, padding included."}
+    )
     max_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
     num_train_epochs: float = field(
         default=0.0, metadata={"help": "Passes over the corpus, in place of max_steps; 0: max_steps counts."}

@@ -1,20 +1,18 @@
 """Parallel text: the corpus that ships with the package, JSON lines, pairs of text files; cleaning and splitting.
 
-A corpus is a list of `(source, target)` strings. Every reader either returns at least one pair, none of them one-sided,
-or raises an `InputError` that names the file, the line and the remedy.
+A corpus is a stream of `(source, target)` strings, stripped; either may be empty. What cannot be read is an
+`InputError` that names the file, the line and the remedy.
 """
 
 import itertools
-import json
-import lzma
 import random
 import re
 import unicodedata
-from collections.abc import Iterable
-from importlib import resources
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..running import InputError, read_lines
+from ..running import InputError, bounded_lines, one_line, open_text, parse_json
 from .arguments import DataArguments
 
 Pair = tuple[str, str]
@@ -23,84 +21,75 @@ SHIPPED_LANGUAGES = ("de", "en")  # columns of the shipped files
 SPLITS = ("train", "validation", "test")
 
 
-def read_shipped(split: str, source_lang: str = "de", target_lang: str = "en") -> list[Pair]:
+@dataclass(frozen=True)
+class ParallelText:
+    """The pairs of one split. They are read anew each time that they are iterated over, one at a time.
+
+    Attributes:
+        files: one of JSON lines, or one that ships (.tsv.xz), or the two text files of source and target.
+        languages: of source and target; the keys in JSON lines.
+    """
+
+    files: tuple[Path, ...]
+    languages: tuple[str, str]
+
+    def __iter__(self) -> Iterator[Pair]:
+        if len(self.files) == 2:
+            return _text_pairs(*self.files)
+        if self.files[0].suffixes[-2:] == [".tsv", ".xz"]:
+            return _shipped_pairs(self.files[0], self.languages)
+        return _json_pairs(self.files[0], *self.languages)
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.files))
+
+
+def read_pairs(text: ParallelText, limit: int | None = None) -> list[Pair]:
+    """All pairs, or the first `limit` of them. Raises `InputError` if there is none."""
+    pairs = list(itertools.islice(text, limit))
+    if not pairs:
+        raise InputError(f"{text}: no sentence pairs. Give a corpus with at least one pair.")
+    return pairs
+
+
+def shipped_text(split: str, source_lang: str = "de", target_lang: str = "en") -> ParallelText:
     """One split ("train", "validation" or "test") of the Tatoeba corpus in `data/`, in either direction."""
     if {source_lang, target_lang} != set(SHIPPED_LANGUAGES):
         raise InputError(
             f"the shipped corpus has the languages {' and '.join(SHIPPED_LANGUAGES)}, not {source_lang} and "
             f"{target_lang}. Give your own --train_file, or --train_source and --train_target."
         )
-    packed = resources.files(__package__) / "data" / f"tatoeba-de-en.{split}.tsv.xz"
-    rows = [line.split("\t") for line in lzma.decompress(packed.read_bytes()).decode("utf-8").splitlines()]
-    source, target = SHIPPED_LANGUAGES.index(source_lang), SHIPPED_LANGUAGES.index(target_lang)
-    return [(row[source], row[target]) for row in rows]
+    packed = Path(__file__).parent / "data" / f"tatoeba-de-en.{split}.tsv.xz"
+    return ParallelText((packed,), (source_lang, target_lang))
 
 
-def read_json_lines(path: str | Path, source_lang: str, target_lang: str) -> list[Pair]:
-    """Pairs of a file with one `{"translation": {"de": "…", "en": "…"}}` a line, as in transformers' examples."""
-    pairs = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line:
-            continue
-        try:
-            translation = json.loads(line)["translation"]
-            languages = sorted(translation)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path}, line {number}: expected {{"translation": {{"{source_lang}": "…", "{target_lang}": "…"}}}}, '
-                f"got {line[:60]!r}. Write one such JSON object a line, or use --train_source and --train_target."
-            ) from error
-        missing = [lang for lang in (source_lang, target_lang) if lang not in languages]
-        if missing:
-            raise InputError(
-                f"{path}, line {number}: no language {missing[0]!r}, only {', '.join(languages) or 'none'}. "
-                "Set --source_lang and --target_lang to two of these."
-            )
-        pair = translation[source_lang], translation[target_lang]
-        if not all(isinstance(text, str) for text in pair):
-            raise InputError(f"{path}, line {number}: {pair} is not text on both sides. Give two strings.")
-        pairs.append((pair[0].strip(), pair[1].strip()))
-    return _checked(pairs, str(path))
-
-
-def read_text_pair(source_path: str | Path, target_path: str | Path) -> list[Pair]:
-    """Pairs of two line-aligned text files. Lines that are blank on both sides are left out."""
-    sources, targets = read_lines(source_path), read_lines(target_path)
-    if len(sources) != len(targets):
-        raise InputError(
-            f"{source_path} has {len(sources)} lines and {target_path} has {len(targets)}: line i of one must "
-            "translate line i of the other. Give two files of equal length."
-        )
-    pairs = list(zip(sources, targets, strict=True))
-    return _checked([pair for pair in pairs if pair != ("", "")], f"{source_path} and {target_path}")
-
-
-def read_split(
+def split_text(
     split: str,
     source_lang: str,
     target_lang: str,
     file: str | None = None,
     source: str | None = None,
     target: str | None = None,
-) -> list[Pair]:
+) -> ParallelText:
     """One split from a JSON-lines `file`, or from the text files `source` and `target`, or as shipped if none is given.
 
     Raises:
-        InputError: what the readers raise, or a combination of files that has no meaning.
+        InputError: a combination of files that has no meaning, languages that do not ship, or no such file.
     """
     if bool(source) != bool(target) or (file and source):
         raise InputError(
             f"--{split}_source and --{split}_target go together, and without --{split}_file. Give the two, or the file."
         )
-    if file:
-        return read_json_lines(file, source_lang, target_lang)
-    if source:
-        return read_text_pair(source, target)
-    return read_shipped(split, source_lang, target_lang)
+    if not file and not source:
+        return shipped_text(split, source_lang, target_lang)
+    paths = (Path(file),) if file else (Path(source), Path(target))
+    for path in paths:
+        open_text(path).close()
+    return ParallelText(paths, (source_lang, target_lang))
 
 
-def read_corpus(data_args: DataArguments) -> dict[str, list[Pair]]:
-    """The pairs of every split: the user's files, or all of the shipped corpus where there are none."""
+def read_corpus(data_args: DataArguments) -> dict[str, ParallelText]:
+    """The text of every split: the user's files, or all of the shipped corpus where there are none."""
     files = {
         split: {kind: getattr(data_args, f"{split}_{kind}") for kind in ("file", "source", "target")}
         for split in SPLITS
@@ -109,26 +98,59 @@ def read_corpus(data_args: DataArguments) -> dict[str, list[Pair]]:
     if own and not any(files["train"].values()):
         raise InputError("a corpus without training pairs. Give --train_file, or --train_source and --train_target.")
     return {
-        split: read_split(split, data_args.source_lang, data_args.target_lang, **paths)[
-            : data_args.max_train_samples if split == "train" else data_args.max_eval_samples
-        ]
+        split: split_text(split, data_args.source_lang, data_args.target_lang, **paths)
         for split, paths in files.items()
         if not own or any(paths.values())
     }
 
 
-def _checked(pairs: list[Pair], origin: str) -> list[Pair]:
-    if not pairs:
-        raise InputError(f"{origin}: no sentence pairs. Give a corpus with at least one pair.")
-    one_sided = [pair for pair in pairs if not all(pair)]
-    if one_sided:
-        source, target = one_sided[0]
-        side = "source" if target else "target"
-        raise InputError(
-            f"{origin}: {len(one_sided)} of {len(pairs)} pairs have an empty side; the first has no {side} for "
-            f"{(source or target)[:60]!r}. Remove these pairs or translate them."
-        )
-    return pairs
+def _shipped_pairs(path: Path, languages: tuple[str, str]) -> Iterator[Pair]:
+    source, target = map(SHIPPED_LANGUAGES.index, languages)
+    for line in bounded_lines(path):
+        row = line.split("\t")
+        yield row[source], row[target]
+
+
+def _json_pairs(path: Path, source_lang: str, target_lang: str) -> Iterator[Pair]:
+    """Of a file with one `{"translation": {"de": "…", "en": "…"}}` a line, as in transformers' examples."""
+    for number, line in enumerate(bounded_lines(path), start=1):
+        if not line:
+            continue
+        try:
+            translation = parse_json(line)["translation"]
+            if not isinstance(translation, dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f" ({one_line(error)})" if isinstance(error, ValueError) else ""
+            raise InputError(
+                f'{path}, line {number}: expected {{"translation": {{"{source_lang}": "…", "{target_lang}": "…"}}}}, '
+                f"got {line[:60]!r}{reason}. Write one such JSON object a line, or use --train_source and "
+                "--train_target."
+            ) from error
+        missing = [lang for lang in (source_lang, target_lang) if lang not in translation]
+        if missing:
+            raise InputError(
+                f"{path}, line {number}: no language {missing[0]!r}, only {', '.join(sorted(translation)) or 'none'}. "
+                "Set --source_lang and --target_lang to two of these."
+            )
+        pair = translation[source_lang], translation[target_lang]
+        if not all(isinstance(text, str) for text in pair):
+            raise InputError(f"{path}, line {number}: {str(pair)[:60]} is not text on both sides. Give two strings.")
+        yield pair[0].strip(), pair[1].strip()
+
+
+def _text_pairs(source_path: Path, target_path: Path) -> Iterator[Pair]:
+    """Of two line-aligned text files."""
+    sources, targets = bounded_lines(source_path), bounded_lines(target_path)
+    for number, pair in enumerate(itertools.zip_longest(sources, targets), start=1):
+        if None in pair:
+            rest = 1 + sum(1 for _ in itertools.chain(sources, targets))
+            counts = (number - 1, number - 1 + rest) if pair[0] is None else (number - 1 + rest, number - 1)
+            raise InputError(
+                f"{source_path} has {counts[0]} lines and {target_path} has {counts[1]}: line i of one must translate "
+                "line i of the other. Give two files of equal length."
+            )
+        yield pair
 
 
 # Cleaning and splitting: how the shipped corpus was made (scripts/make_tatoeba_corpus.py) and may be made again.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..running import InputError
+from ..running import InputError, learn_tokens
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # the names that byte fallback looks for
@@ -36,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 512
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(BYTES), special_tokens=[PAD, EOS, UNK], show_progress=False
     )
-    bpe.train_from_iterator(texts, trainer)
+    learn_tokens(bpe, texts, trainer)
     bpe.model = _with_bytes(bpe)
     if (least := bpe.get_vocab_size()) > vocab_size:
         raise InputError(
