@@ -174,7 +174,7 @@ def test_a_corpus_of_which_nothing_is_left_is_refused(tmp_path, tokenizer, pairs
 def test_evaluation_keeps_every_pair_and_tells_what_it_cuts(tokenizer, capsys):
     pairs = [*PAIRS, ("", ""), ("Nichts.", ""), ("ja " * 60, "yes " * 60), ("Lang.", "yes " * 60)]
     data = encode(pairs, tokenizer, arguments())
-    assert "2 of 7 validation targets are longer than 40 tokens" in capsys.readouterr().out
+    assert "2 of 7 validation targets are cut to 40 tokens" in capsys.readouterr().out
     assert len(data) == 7 and max(map(len, data["labels"])) == max(map(len, data["input_ids"])) == 40
     assert all(ids[-1] == tokenizer.eos_token_id for ids in data["labels"])
     encode(pairs[:5], tokenizer, arguments())

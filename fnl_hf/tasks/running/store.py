@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         with tempfile.TemporaryDirectory() as directory:
-            tokenizer.save_vocabulary(directory)  # merges and scores, which the vocabulary does not tell
+            with suppress(NotImplementedError):
+                tokenizer.save_vocabulary(directory)  # merges and scores, which the vocabulary does not tell
             files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(directory).iterdir())]
         about = json.dumps([sorted(tokenizer.get_vocab().items()), files])
     else:

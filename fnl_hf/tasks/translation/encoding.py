@@ -65,7 +65,7 @@ def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, data_args: Dat
     sides = list(zip(*([text[: _CHARACTERS * most] for text in pair] for pair in pairs), strict=True))
     sources, targets = tokenize_pairs(tokenizer, *sides, prefix)
     if cut := sum(len(ids) > most for ids in targets):
-        say(f"{cut:,} of {len(pairs):,} validation targets are longer than {most} tokens: the loss is of their first.")
+        say(f"{cut:,} of {len(pairs):,} validation targets are cut to {most} tokens: the loss is that of what is left.")
     if any(len(ids) > most for ids in chain(sources, targets)):
         sources, targets = tokenize_pairs(tokenizer, *sides, prefix, most)
     return datasets.Dataset.from_dict({"input_ids": sources, "labels": targets})
