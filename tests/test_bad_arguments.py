@@ -3,6 +3,7 @@
 import json
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,11 +30,15 @@ TINY = {
 
 
 def refused(monkeypatch, tmp_path, capsys, script, **option) -> str:
-    """The one line in which a script refuses an option, having written nothing."""
+    """The one line in which a script refuses an option, having written nothing but text made ready."""
     monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
+
+    def files() -> list[Path]:
+        return sorted(path for path in tmp_path.rglob("*") if path.is_file() and "prepared" not in path.parts)
+
+    before = files()
     error = refusal(monkeypatch, capsys, script, **NEEDED[script] | {"output_dir": "out"} | option)
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
+    assert files() == before and not list(tmp_path.rglob("*.partial"))
     return error
 
 

@@ -51,16 +51,17 @@ def check_writable(directory: Path) -> None:
         raise InputError(f"--output_dir {directory}: no permission to write in {existing}. Give another directory.")
 
 
+_OF_FILES = ("PytorchStreamWriter", "inline_container", "unexpected pos", "(os error")
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Weights that cannot be written, as on a full disk, are an `InputError`."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch tells of its files with a RuntimeError
-        if isinstance(error, RuntimeError) and not any(
-            word in str(error) for word in ("PytorchStreamWriter", "inline_container", "unexpected pos")
-        ):
+    except Exception as error:
+        # torch tells of its files with a RuntimeError, tokenizers with a plain Exception
+        if not isinstance(error, (OSError, SafetensorError)) and not any(word in str(error) for word in _OF_FILES):
             raise
         raise InputError(
             f"a file cannot be read or written ({one_line(error)}). Make room or give access; the same command goes on "

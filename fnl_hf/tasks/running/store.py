@@ -17,6 +17,7 @@ from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import InputError, one_line
+from .results import disk_errors
 
 _FORMAT = 2  # of the files below; raise it when they change
 
@@ -112,7 +113,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def prepare_tokenizer(directory: Path, make: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, made there if there is none."""
-    once(directory, lambda partial: make().save_pretrained(partial))
+
+    def write(partial: Path) -> None:
+        tokenizer = make()
+        with disk_errors():
+            tokenizer.save_pretrained(partial)
+
+    once(directory, write)
     return AutoTokenizer.from_pretrained(directory)
 
 
