@@ -11,9 +11,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
-INITIALIZATIONS = ("spectral", "default")  # the functions are in `initialization`
-CALIBRATED = frozenset()  # those of them that look at data
-KEEP_THE_PRODUCT = frozenset(INITIALIZATIONS)  # those that leave it as it is at full rank
+INITIALIZATIONS = ("spectral", "default", "spectral-ones", "orthogonal", "xavier", "kaiming")  # see `initialization`
+NOT_BUILT_INITIALIZATIONS = ("activation", "functional")
+CALIBRATED = frozenset()  # those that look at data
+FORMS = ("matrix", "deep")
+NOT_BUILT_FORMS = ("tucker", "tucker2", "tensor-train")
+ALLOCATIONS = ("uniform", "error")
+WILDCARDS = ("all-linear", "all")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -33,15 +37,30 @@ class FNLConfig(QuantizationConfigMixin):
         head_layout: "padded": factors of rank r that present the old width to the rest of the model. "compact": heads
             that are really narrower, attention and key-value cache included, where a replay of the attention module
             proves that the outputs are the same (both products of one rank, no rotation); padded elsewhere.
+        target_modules: Layers made low-rank, each by itself, as PEFT selects them. `None`: none. "all-linear": linear
+            layers; "all": embeddings and convolutions too. A list holds ends of names, from a dot on, and may hold
+            "all-linear" or "all" as well; another string is a regular expression for whole names. Not named, outputs,
+            classifiers, poolers, routers, the first convolution and tables that are not the model's input embeddings
+            stay dense, and attention projections whose heads are products are left to those.
         exclude_modules: What stays as it is, and appears among the skipped. A list holds names: of modules (and what
             is inside them) or of products, whole or from one of their dots on. A string is a regular expression, to
             match the whole of a product's printed name or of its attention module's.
-        rank_pattern: Ranks that replace `head_rank`, as a dict or as (regular expression, rank) pairs: the first one
-            that matches counts. It matches a product's printed name ("encoder.layer.0.attention.self.qk"), or that of
-            its attention module, from the start or from one of the dots on, and to the end.
-        target_modules, rank, target_ratio: Low-rank layers; not built yet.
-        init: "spectral": balanced factors of each product (the best ones of lower rank). "default": the factors that
-            the model has; at lower rank the leading rows of each head.
+        rank: Rank of layers: a float is `max(1, round(rank * min(m, n)))` of the matrix (m, n), above 1 overcomplete;
+            an int is the rank itself. `{"energy": 0.9}`: the least that keeps this share of the squared singular
+            values. A rank that is given is taken as given; one by energy leaves a layer dense where it saves nothing.
+        rank_pattern: Ranks that replace `head_rank` and `rank`, as a dict or as (regular expression, rank) pairs: the
+            first one that matches counts. It matches the printed name of a product ("encoder.layer.0.attention.self.qk")
+            or a layer, or that of its attention module, from the start or from one of the dots on, and to the end.
+        target_ratio: In place of `rank` and `head_rank`: parameters of the whole model after / before, in (0, 1). All
+            that is selected shares the budget, heads included; with `target_modules=None` that is "all". A layer that
+            would save nothing stays dense.
+        rank_allocation: How `target_ratio` is shared. "uniform": one fraction of every rank. "error": the largest
+            singular values of the weights, each relative to the energy of its layer, per parameter that they cost.
+        form: Of layers: "matrix", U V^T, or "deep", U M V^T with a square M that starts as the identity.
+        init: "spectral": balanced factors of each product (the best ones of lower rank). "default": of heads the
+            factors that the model has, at lower rank the leading rows of each head; of layers factors drawn anew, with
+            the variance of the weights for their product. For comparison, of layers only: "spectral-ones" (spectral,
+            with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in "default".
         plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
             checkpoint is loaded. Not for users.
         format_version: Of the plan.
@@ -57,9 +76,11 @@ class FNLConfig(QuantizationConfigMixin):
     head_layout: str = "padded"
     target_modules: None | str | list[str] = None
     exclude_modules: None | str | list[str] = None
-    rank: float | int = 1.0
+    rank: float | int | dict[str, float] = 1.0
     rank_pattern: Mapping[str, float | int] | Iterable[tuple[str, float | int]] = field(default_factory=dict)
     target_ratio: float | None = None
+    rank_allocation: str = "uniform"
+    form: str = "matrix"
     init: str = "spectral"
     plan: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
@@ -68,18 +89,32 @@ class FNLConfig(QuantizationConfigMixin):
         if self.quant_method != "fnl":
             raise ValueError(f"quant_method is {self.quant_method!r}, expected 'fnl'")
         self.attention = _attention(self.attention)
-        if self.init not in INITIALIZATIONS:
-            raise ValueError(f"init is {self.init!r}, expected one of {INITIALIZATIONS}")
+        _check_choice("init", self.init, INITIALIZATIONS, NOT_BUILT_INITIALIZATIONS)
+        _check_choice("form", self.form, FORMS, NOT_BUILT_FORMS)
+        _check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS, ("loss",))
+        _check_choice("head_layout", self.head_layout, ("padded", "compact"))
         _check_head_rank("head_rank", self.head_rank)
+        self.target_modules = _target_modules(self.target_modules)
+        _check_rank("rank", self.rank)
         self.rank_pattern = _rank_pattern(self.rank_pattern)
         self.exclude_modules = _exclude_modules(self.exclude_modules)
-        if self.head_layout not in ("padded", "compact"):
-            raise ValueError(f"head_layout is {self.head_layout!r}, expected 'padded' or 'compact'")
-        for name, unset in (("target_modules", None), ("rank", 1.0), ("target_ratio", None)):
-            value = getattr(self, name)
-            if type(value) is not type(unset) or value != unset:  # rank=1 is rank one
-                raise NotImplementedError(f"{name}: low-rank layers are not built yet; leave it at {unset!r}")
+        self._check_target_ratio()
         _check_format_version(self.format_version)
+
+    def _check_target_ratio(self) -> None:
+        ratio = self.target_ratio
+        if ratio is None:
+            if self.rank_allocation != "uniform":
+                raise ValueError(f"rank_allocation is {self.rank_allocation!r}, which shares a target_ratio: give one")
+            return
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+            raise TypeError(f"target_ratio is {ratio!r}, expected a float in (0, 1): parameters after / before")
+        if not 0 < ratio < 1:
+            raise ValueError(f"target_ratio is {ratio}, expected a float in (0, 1): parameters after / before")
+        for name in ("rank", "head_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, float) or value != 1.0:
+                raise ValueError(f"target_ratio and {name}={value!r} are both given: the ratio decides the ranks")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FNLConfig) and self._canonical() == other._canonical()
@@ -124,9 +159,36 @@ class FNLConfig(QuantizationConfigMixin):
         rank = next(ranks, self.head_rank)
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
+    def rank_of(self, name: str, rows: int, columns: int) -> int:
+        """The rank asked for in a layer of this name, of a (rows, columns) matrix; the full one where energy decides."""
+        ranks = (rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, [name]))
+        rank, full = next(ranks, 1.0 if self.target_ratio is not None else self.rank), min(rows, columns)
+        if isinstance(rank, dict):
+            return full
+        return max(1, round(rank * full)) if isinstance(rank, float) else rank
+
+    def is_fixed(self, names: Iterable[str]) -> bool:
+        """Whether ``rank_pattern`` gives what has one of these names its rank, so that no budget decides."""
+        names = list(names)
+        return any(matches_end(pattern, names) for pattern in self.rank_pattern)
+
+    @property
+    def energy(self) -> float | None:
+        """The share of the squared singular values that layers keep; None where ``rank`` says it otherwise."""
+        return self.rank["energy"] if isinstance(self.rank, dict) and self.target_ratio is None else None
+
     def is_full_rank(self) -> bool:
         """Whether every product keeps its rank, whatever model it lies in."""
-        return isinstance(self.head_rank, float) and self.head_rank == 1.0 and not self.rank_pattern
+        full = [self.head_rank] + ([self.rank] if self.target_modules is not None else [])
+        ranks_are_full = all(isinstance(rank, float) and rank == 1.0 for rank in full)
+        return ranks_are_full and not self.rank_pattern and self.target_ratio is None
+
+    def layers_wanted(self) -> tuple[str, ...]:
+        """The entries of ``target_modules``: one if it is a wildcard or a regular expression."""
+        given = self.target_modules
+        if given is None:
+            return ("all",) if self.target_ratio is not None else ()
+        return (given,) if isinstance(given, str) else tuple(given)
 
     def attention_kinds(self) -> tuple[str, ...]:
         """Which kinds of products are asked for, in all of a model or in some places."""
@@ -176,6 +238,41 @@ def _and_above(name: str) -> Iterable[str]:
 # -- checks ------------------------------------------------------------------------------------------
 
 
+def _check_choice(name: str, given: Any, known: tuple[str, ...], not_built: tuple[str, ...] = ()) -> None:
+    if isinstance(given, str) and given in not_built:
+        raise NotImplementedError(f"{name}={given!r} is not built yet; give one of {known}")
+    if given not in known:
+        raise ValueError(f"{name} is {given!r}, expected one of {known}")
+
+
+def _target_modules(given: Any) -> None | str | list[str]:
+    if given is None or given in WILDCARDS:
+        return given
+    if isinstance(given, str):
+        _check_expression("target_modules", given)
+        return given
+    if not isinstance(given, (list, tuple, set, frozenset)) or not all(isinstance(n, str) and n for n in given):
+        raise TypeError(f"target_modules is {given!r}, expected one of {WILDCARDS}, ends of names, or an expression")
+    if not given:
+        raise ValueError("target_modules is empty: give None for no layers, or name some")
+    return sorted(set(given))
+
+
+def _check_rank(name: str, rank: Any) -> None:
+    """Of layers: above 1 as well."""
+    if isinstance(rank, Mapping):
+        energy = rank.get("energy")
+        if set(rank) != {"energy"} or isinstance(energy, bool) or not isinstance(energy, (int, float)):
+            raise ValueError(f'{name} is {rank!r}, expected a number or {{"energy": a share in (0, 1]}}')
+        if not 0 < energy <= 1:
+            raise ValueError(f"{name} keeps the energy {energy}, expected a share in (0, 1]")
+        return
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(f'{name} is {rank!r}, expected a float above 0, an int of at least 1, or {{"energy": 0.9}}')
+    if not math.isfinite(rank) or rank <= 0:
+        raise ValueError(f"{name} is {rank}, expected a float above 0 or an int of at least 1")
+
+
 def _kind(entry: str) -> str:
     """The kind of product that an entry of ``attention`` is about: its last part."""
     return entry.rpartition(".")[2]
@@ -206,7 +303,9 @@ def _rank_pattern(given: Any) -> dict[str, float | int]:
         raise TypeError(f"rank_pattern is {given!r}, expected a dict of regular expression -> rank, or such pairs")
     patterns: dict[str, float | int] = {}
     for pattern, rank in pairs:
-        _check_head_rank(f"rank_pattern[{pattern!r}]", rank)
+        if isinstance(rank, Mapping):
+            raise TypeError(f"rank_pattern[{pattern!r}] is {rank!r}, expected a number")
+        _check_rank(f"rank_pattern[{pattern!r}]", rank)
         _check_expression("rank_pattern", pattern)
         if pattern in patterns:
             raise ValueError(f"rank_pattern has {pattern!r} twice, and only the first would count")

@@ -26,11 +26,61 @@ def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = No
 
 
 def default(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
-    """The factors that the model has; at lower rank the leading ones of each head."""
-    return form.leading(factors, rank)
+    """The factors that the model has; at lower rank the leading ones of each head.
+
+    A weight by itself has none: they are drawn, normal and alike, so that the entries of their product have the
+    variance of the weight's.
+    """
+    if len(factors) > 1:
+        return form.leading(factors, rank)
+    # An entry of U Vᵀ is a sum of `rank` products, each of variance s⁴ for factors of standard deviation s.
+    deviation = float(factors[0].float().square().mean().div(rank)) ** 0.25
+    return [torch.randn_like(factor).mul_(deviation) for factor in _empty(factors[0], rank)]
 
 
-INITIALIZATIONS: dict[str, Initialization] = {"spectral": spectral, "default": default}
+def spectral_ones(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
+    """The singular vectors without the values: A_r and B_rᵀ of W = A Σ Bᵀ (Kamalakara et al., 2022)."""
+    if len(factors) > 1:
+        return default(form, factors, rank)
+    left, right = form.balance(factors, rank)
+    return [torch.nn.functional.normalize(left, dim=-2), torch.nn.functional.normalize(right, dim=-1)]
+
+
+def _drawn(draw: Callable[[Tensor], Tensor], name: str) -> Initialization:
+    """Each factor by itself as ``torch.nn.init`` draws a weight: (m, rank), and (rank, n)."""
+
+    def initialization(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
+        if len(factors) > 1:
+            return default(form, factors, rank)
+        pair = _empty(factors[0].float(), rank)
+        for factor in pair:
+            for matrix in factor:
+                draw(matrix)
+        return [factor.to(factors[0].dtype) for factor in pair]
+
+    initialization.__doc__ = f"{name} factors of a weight by itself; heads as under ``default``."
+    return initialization
+
+
+def _empty(matrix: Tensor, rank: int) -> list[Tensor]:
+    """Of the shapes of two factors of (*batch, m, n) matrices."""
+    *batch, rows, columns = matrix.shape
+    return [matrix.new_empty(*batch, rows, rank), matrix.new_empty(*batch, rank, columns)]
+
+
+INITIALIZATIONS: dict[str, Initialization] = {
+    "spectral": spectral,
+    "default": default,
+    "spectral-ones": spectral_ones,
+    "orthogonal": _drawn(torch.nn.init.orthogonal_, "Orthogonal"),
+    "xavier": _drawn(torch.nn.init.xavier_uniform_, "Xavier-uniform"),
+    "kaiming": _drawn(torch.nn.init.kaiming_normal_, "Kaiming-normal"),
+}
+
+
+def keeps_the_product(init: str, lone: bool) -> bool:
+    """Whether an initialisation leaves a product as it is at full rank; ``lone``: of a weight by itself."""
+    return init == "spectral" or not lone
 
 
 @torch.no_grad()

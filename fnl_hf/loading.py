@@ -103,7 +103,8 @@ class FNLQuantizer(HfQuantizer):
                     "save the factorized model, and load that with any device_map"
                 )
             return factorize(model, _unresolved(self.quantization_config))
-        missing = [name for name in self.names if _is_missing(model.get_parameter(name))]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        missing = [name for name in self.names if _is_missing(parameters[name])]
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {_listed(missing)}, which the plan in its config.json holds: restore the "

@@ -8,9 +8,9 @@ from torch import nn
 
 from .calibration import moments
 from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
-from .config import CALIBRATED, KEEP_THE_PRODUCT, FNLConfig
+from .config import CALIBRATED, FNLConfig
 from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
-from .initialization import initial_factors
+from .initialization import initial_factors, keeps_the_product
 from .messages import say
 from .plan import Plan, attach, detach, headline
 from .planning import nothing_found, plan_with_evidence
@@ -66,7 +66,7 @@ def factorize(
     refuse_wrapped(model)
     _refuse_factorized(model)
     # The check at the end is a change of basis of the whole model too: one in planning is only to say what fails it.
-    trusting = check and calibration is None and config.is_full_rank()
+    trusting = check and calibration is None and config.is_full_rank() and keeps_the_product(config.init, lone=True)
     try:
         planned = _factorized(model, config, verify, calibration, check, whole=not trusting)
     except OutputsDiffer:
@@ -162,20 +162,30 @@ def _factorized(
     if not planned.targets:
         raise ValueError(nothing_found(model, config, planned))
     sides = moments(model, planned.targets, calibration) if calibration is not None else {}
-    kept = check and config.init in KEEP_THE_PRODUCT and evidence.recording
-    checked = kept and all(target.rank == target.found(model).full_rank for target in planned.targets)
-    factors, unmoved = {}, set()
+    found = {target.name: target.found(model) for target in planned.targets}
+    checked = (
+        check
+        and all(target.rank == found[target.name].full_rank for target in planned.targets)
+        and all(keeps_the_product(config.init, product.lone) for product in found.values())
+        and evidence.recording
+    )
+    factors, unmoved, of_weights = {}, set(), {}
     for target in planned.targets:
-        product = target.found(model)
+        product = found[target.name]
         original = product.augmented()
         for factor in original:
             if not torch.linalg.vector_norm(factor, torch.inf).isfinite():
                 raise ValueError(
                     f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
-        factors[target.name] = initial_factors(product.form, original, target.rank, config.init, sides.get(target.name))
-        if distance(factors[target.name][0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
+        weights = target.rank, *((id(view.parameter), view.offset) for view in product.views)
+        if weights not in of_weights:  # tied layers have one product
+            new = initial_factors(product.form, original, target.rank, config.init, sides.get(target.name))
+            of_weights[weights] = target.shaped(new)
+        new = factors[target.name] = of_weights[weights]
+        if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
             unmoved.add(target.name)
+    of_weights.clear()
     with kept_on_error(model) as written:
         install(model, config, planned)
         products = list(declared(model))
@@ -187,7 +197,8 @@ def _factorized(
                     f"{product.name}: init={config.init!r} gives factors of shapes {given}, and its layer has {wanted}"
                 )
         for product in products:
-            written.append((product, [factor.clone() for factor in product.augmented()]))
+            if not found[product.name].lone:  # else its parameters are new
+                written.append((product, [factor.clone() for factor in product.augmented()]))
             product.write(factors.pop(product.name))  # one set in memory beside the model's own, the new or the old
         if checked:  # what is in its old basis shows nothing
             with new_basis([product for product in products if product.name in unmoved]):
@@ -202,13 +213,15 @@ def _shape_only(parameter: torch.Tensor) -> torch.Tensor:
 def _dense_leaves(model: nn.Module) -> dict[FactorLeaf, nn.Module]:
     """Every factor leaf and the ordinary layer of its function; leaves that are tied become layers that are."""
     dense: dict[FactorLeaf, nn.Module] = {}
-    first: dict[tuple[int, ...], nn.Module] = {}
+    first: dict[tuple, nn.Parameter] = {}
     for leaf in model.modules():
         if isinstance(leaf, FactorLeaf):
             dense[leaf] = leaf.dense()
-            one = first.setdefault(tuple(map(id, leaf.parameters())), dense[leaf])
-            for name, parameter in one.named_parameters():
-                setattr(dense[leaf], name, parameter)
+            of_weight = [id(p) for name, p in leaf.named_parameters() if name != "bias"]
+            biases = [id(p) for name, p in leaf.named_parameters() if name == "bias"]
+            for name, key in (("weight", of_weight), ("bias", biases)):
+                if (parameter := getattr(dense[leaf], name, None)) is not None:
+                    setattr(dense[leaf], name, first.setdefault((tuple(key), parameter.shape), parameter))
     return dense
 
 

@@ -7,6 +7,7 @@ Each kind of thing that can be factorized (the heads of attention, say) is a *fa
     fnl_hf.register_family(finder, MyTarget)
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -85,6 +86,22 @@ class Target(ABC):
         """Lines for the summary of a model, about the factorizations that belong to this family."""
         return []
 
+    def cost(self, model: nn.Module, rank: int) -> int:
+        """How many parameters its factors have at a rank, biases that get narrower among them."""
+        product = self.found(model)
+        if product.lone:
+            *batch, rows, columns = product.tensors()[0].shape
+            return math.prod(batch) * rank * (rows + columns)
+        return sum(factor.numel() for factor in product.augmented()) * rank // product.size()[1]
+
+    def is_reducible(self, model: nn.Module, evidence: Evidence) -> bool:
+        """Whether a budget may lower its rank."""
+        return True
+
+    def shaped(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What an initialisation gave, as its layer holds it."""
+        return factors
+
     def inputs(self) -> tuple[Activation | None, ...]:
         """The features that each of its projections carries; () or None where that is not known."""
         return ()
@@ -128,6 +145,7 @@ class Candidate:
         certain: there is nothing to prove: a layer that is replaced as a whole.
         doubt: what stands in between, or why there is no option, in words for the user.
         optional: it stands there only if the module is called with it: a call that the model makes must decide.
+        yields: it gives way where another family wants the same weights.
 
     Raises:
         ValueError: It is certain to be nothing.
@@ -139,6 +157,7 @@ class Candidate:
     certain: bool = False
     doubt: str = ""
     optional: bool = False
+    yields: bool = False
 
     def __post_init__(self):
         if self.certain and not self.options:

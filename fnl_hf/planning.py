@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from .budget import with_ranks
 from .config import FNLConfig
 from .heads import HeadTarget, find_heads
+from .layers import LayerTarget, find_layers
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence, refuted_by_the_whole
 from .selection import selected
 from .ties import reads_one_weight_twice, without_shared
 
 register_family(find_heads, HeadTarget)
+register_family(find_layers, LayerTarget)
 
 REFUTED = "the model changes with its basis, though a replay of its module does not: something else reads its factors"
 
@@ -42,24 +45,37 @@ def plan_with_evidence(
     options = [option for candidate in candidates for option in candidate.options]
     leaves = {path.rpartition(".")[0] for option in options for path in option.parameters()}
     evidence = Evidence(model, inputs, {option.name for option in options}, leaves)
-    targets = []
+    chosen = []
     for candidate in candidates:
         target, reason = _chosen(candidate, evidence)
         if target is None:
             skipped.append(Skip(candidate.name, candidate.kind, reason))
         else:
-            targets.append(target)
+            chosen.append((candidate, target))
+    targets = _without_yielding(chosen)
     _refuse_claimed_twice(targets)
     targets, shared = without_shared(model, targets)
     products = [target.found for target in targets if not target.found(model).lone] if whole else []
     refuted = refuted_by_the_whole(evidence, products)
     skipped += [Skip(target.name, target.kind, REFUTED) for target in targets if target.name in refuted]
-    targets = [target for target in targets if target.name not in refuted]
+    targets, dense = with_ranks(model, config, [t for t in targets if t.name not in refuted], evidence)
+    skipped += dense
     settled = []
     for family in FAMILIES.values():
         if of_family := [target for target in targets if type(target) is family.target]:
             settled += family.target.settle(model, config, of_family, evidence)
     return Plan(tuple(settled), (*skipped, *shared)), evidence
+
+
+def _without_yielding(chosen: Sequence[tuple[Candidate, Target]]) -> list[Target]:
+    """The targets but for those that give way to a target of another family."""
+    firm = {path: target for candidate, target in chosen if not candidate.yields for path in target.parameters()}
+
+    def gives_way(candidate: Candidate, target: Target) -> bool:
+        others = (firm[path] for path in target.parameters() if path in firm)
+        return candidate.yields and any(type(other) is not type(target) for other in others)
+
+    return [target for candidate, target in chosen if not gives_way(candidate, target)]
 
 
 def _refuse_claimed_twice(targets: Sequence[Target]) -> None:
@@ -99,9 +115,10 @@ def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, st
 
 def nothing_found(model: nn.Module, config: FNLConfig, plan: Plan) -> str:
     """Why a plan is empty, in words for the user."""
-    wanted = " and ".join(config.attention) or "nothing (attention=())"
+    wanted = [*config.attention, *config.layers_wanted()]
+    asked = " and ".join(wanted) or "nothing (attention=(), target_modules=None)"
     reasons = "; ".join(sorted({f"{skip.kind}: {skip.reason}" for skip in plan.skipped}))
-    why = (
-        f"skipped {reasons}" if reasons else "no module has query, key, value and output projections that fit together"
-    )
-    return f"{type(model).__name__} has no product to factorize; asked for {wanted}: {why}"
+    why = f"skipped {reasons}" if reasons else "no module fits"
+    if not reasons and config.attention:
+        why = "no module has query, key, value and output projections that fit together"
+    return f"{type(model).__name__} has nothing to factorize; asked for {asked}: {why}"

@@ -28,7 +28,7 @@ from .calls import (
     rotations_for,
 )
 from .examples import record_examples
-from .factorization import Factorization
+from .factorization import Factorization, FactorLeaf
 from .replay import MOVED, REFUTED, UNREACHED, Found, Stage, Verdict, distance, fingerprint, new_basis
 
 REACH = 3  # how far above a product's owner the module may be that is replayed
@@ -138,6 +138,8 @@ class Evidence:
     def replayed(self, found: Found) -> Verdict | None:
         """The verdict of a replay on a product of the model; None where nothing replays or reaches it."""
         product, owner = found(self.model), found(self.model).name.rpartition(".")[0]
+        if isinstance(self.model.get_submodule(product.name), FactorLeaf):
+            return None  # a layer by itself, whose function the factors are by construction
         if any(hasattr(module, "base_layer") for module in self.model.get_submodule(owner).modules()):
             return None  # what an adapter adds is no factor: random, it would refute any product
 
@@ -272,17 +274,17 @@ def refuted_by_the_whole(evidence: Evidence, found: Sequence[Found]) -> set[str]
     Layers may differ where no replay looks: in the number of the layer, the values of their arguments, what hooks and
     other modules do with their weights.
     """
-    model, recording = evidence.model, evidence.recording
+    model, products = evidence.model, [each(evidence.model) for each in found]
+    recording = evidence.recording if products else None
     if not recording or not recording.output:
         return set()
-    products = [each(model) for each in found]
 
     def moved(some: Sequence[Factorization]) -> float:
         with new_basis(some):
             return _changed(model, recording)
 
     allowed = ROUNDING.get(recording.output[0].dtype, COARSE_ROUNDING)
-    if not products or moved(products) <= allowed:
+    if moved(products) <= allowed:
         return set()
     changes = {product.name: (product, moved([product])) for product in products}
     suspects = {name: (product, change) for name, (product, change) in changes.items() if change > allowed}

@@ -6,7 +6,6 @@ caches and attention kernels stay as they are (no class has to know). Where a mo
 heads that are really narrower, they may be (``make_compact``).
 """
 
-import inspect
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..factorization import FactorLeaf
+from ..leaves import taken_over
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class HeadLinear(FactorLeaf, nn.Linear):
             narrow.weight.copy_(_resize_weight(weight, rows, columns, "cut"))
             if leaf.bias is not None:
                 narrow.bias.copy_(leaf.bias if rows is None else rows.cut(leaf.bias))
-        return _like(narrow, leaf)
+        return taken_over(narrow, leaf)
 
     def dense(self) -> nn.Module:
         """The ``nn.Linear`` or ``Conv1D`` of the same function: zeros beyond each head's rank."""
@@ -124,44 +124,10 @@ class HeadLinear(FactorLeaf, nn.Linear):
                 dense = self.dense_type(in_features, out_features, bias is not None)
         dense.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
         dense.bias = None if bias is None else nn.Parameter(bias.clone())
-        return _like(dense, self)
-
-
-_LINEAR = {name for name in vars(nn.Linear(1, 1, device="meta")) if not name.startswith("_")}
-
-
-def can_be_narrowed(leaf: nn.Module | None) -> bool:
-    """Whether a leaf is an ``nn.Linear`` or ``Conv1D``, or a subclass that only writes the same product differently.
-
-    Falcon's is one: it is made by the same arguments and computes the same.
-    """
-    if type(leaf) in (nn.Linear, Conv1D):
-        return True
-    if not isinstance(leaf, nn.Linear) or leaf.weight.shape != (leaf.out_features, leaf.in_features):
-        return False
-    if list(inspect.signature(type(leaf)).parameters) != list(inspect.signature(nn.Linear).parameters):
-        return False  # what else it was made from would be lost
-    if {name for name in vars(leaf) if not name.startswith("_")} != _LINEAR or len(list(leaf.parameters())) > 2:
-        return False  # it has state of its own
-    x = torch.linspace(-1, 1, 3 * leaf.in_features, dtype=leaf.weight.dtype, device=leaf.weight.device).view(3, -1)
-    with torch.no_grad():
-        return torch.allclose(leaf(x), F.linear(x, leaf.weight, leaf.bias), rtol=1e-3, atol=1e-5)
+        return taken_over(dense, self)
 
 
 def _resize_weight(weight: Tensor, rows: HeadPadding | None, columns: HeadPadding | None, method: str) -> Tensor:
     if rows is not None:
         weight = getattr(rows, method)(weight.mT).mT
     return weight if columns is None else getattr(columns, method)(weight)
-
-
-_HOOKS = [name for name in vars(nn.Module()) if "_hook" in name]
-
-
-def _like(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Mode, frozen state, hooks and "do not re-initialise" of the leaf that it takes the place of."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))  # the same dict, so that the handles of the hooks still remove them
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad_(getattr(old, name).requires_grad)
-    new._is_hf_initialized = True
-    return new.train(old.training)

@@ -11,11 +11,12 @@ from torch import nn
 
 from ..config import FNLConfig
 from ..factorization import Factorization, swap
+from ..leaves import is_plain_linear
 from ..plan import Activation, Renaming, Target
 from ..proof import Evidence
 from ..replay import Stage
 from .compact import compact_attributes, narrows_as_expected
-from .leaf import HeadLinear, HeadPadding, can_be_narrowed
+from .leaf import HeadLinear, HeadPadding
 from .product import HeadProduct
 from .slices import HeadSlice, RotaryLayout
 
@@ -151,10 +152,15 @@ class HeadTarget(Target):
             )
         return _compacted(model, settled, evidence) if config.head_layout == "compact" else settled
 
+    def is_reducible(self, model: nn.Module, evidence: Evidence) -> bool:
+        """Whether heads of half the width are proven."""
+        width = self.left.width
+        return width > 1 and replace(self, rank=width // 2)._narrows(model, evidence)
+
     def _narrows(self, model: nn.Module, evidence: Evidence) -> bool:
         """Whether the heads of a product can have a lower rank: not under rotation, in ordinary leaves, as proven."""
         leaves = (_submodule(model, self.leaf(side)) for side in self.sides)
-        if self.rotary is not None or not all(map(can_be_narrowed, leaves)):
+        if self.rotary is not None or not all(map(is_plain_linear, leaves)):
             return False
 
         def answer(stage: Stage) -> tuple[bool | None, str]:

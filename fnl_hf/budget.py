@@ -1,0 +1,167 @@
+"""Ranks that follow from a budget of parameters, or from the energy that is to be kept."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .config import FNLConfig
+from .factorization import Factorization
+from .plan import Skip, Target
+from .proof import Evidence
+
+FLOOR = 0.1  # of the rank at which a layer saves nothing: the least that "error" leaves it
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is to get one rank: a target, or several of one weight.
+
+    Attributes:
+        per_rank: parameters that each component takes.
+        dense: parameters of the weight as it is.
+        full: the rank up to which components count.
+        lone: a weight by itself, which stays dense where a product would be no smaller.
+    """
+
+    targets: tuple[Target, ...]
+    product: Factorization
+    cost: Callable[[int], int]
+    dense: int
+    full: int
+    lone: bool
+
+    def size(self, rank: int) -> int:
+        """Parameters at a rank; of one that saves nothing, those of the dense weight."""
+        return min(self.cost(rank), self.dense)
+
+    def stays_dense(self, rank: int) -> bool:
+        return self.lone and self.cost(rank) >= self.dense
+
+    @cached_property
+    def energies(self) -> Tensor:
+        """Squared singular values of the weights in descending order, summed over heads, float64."""
+        sigma = self.product.form.singular_values(self.product.augmented()).double()
+        return sigma.square().reshape(-1, sigma.shape[-1]).sum(0).cpu()
+
+
+@torch.no_grad()
+def with_ranks(
+    model: nn.Module, config: FNLConfig, targets: Sequence[Target], evidence: Evidence
+) -> tuple[list[Target], list[Skip]]:
+    """The targets with the ranks that ``target_ratio`` or energy give them, and those that stay dense.
+
+    Raises:
+        ValueError: The ratio is below what the least ranks give.
+    """
+    if config.target_ratio is None and config.energy is None:
+        return list(targets), []
+    shares = _shares(model, config, targets, evidence)
+    if config.energy is not None:
+        ranks = [energy_rank(share.energies, config.energy) for share in shares]
+    else:
+        ranks = _within(model, config, shares)
+    decided = {target.name: (share, rank) for share, rank in zip(shares, ranks, strict=True) for target in share.targets}
+    kept, skipped = [], []
+    for target in targets:
+        share, rank = decided.get(target.name, (None, target.rank))
+        if share is not None and share.stays_dense(rank):
+            why = f"dense: of rank {rank} it would not be smaller" if rank < share.full else "dense: keeps its full rank"
+            skipped.append(Skip(target.name, target.kind, why))
+        else:
+            kept.append(replace(target, rank=rank))
+    return kept, skipped
+
+
+def energy_rank(energies: Tensor, share: float) -> int:
+    """The least rank that keeps a share of the squared singular values, given in descending order; at least 1."""
+    sums = energies.double().cumsum(0)
+    return min(int((sums < share * sums[-1] * (1 - 1e-12)).sum()) + 1, len(energies))
+
+
+def largest_below(budget: float, size: Callable[[float], float], low: float, high: float) -> float:
+    """The largest argument in (low, high] whose ``size``, which must not fall, is within the budget, by bisection."""
+    if size(high) <= budget:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) <= budget else (low, middle)
+    return low
+
+
+def nearest_scale(target: float, ratio: Callable[[float], float], tolerance: float = 1e-6) -> tuple[float, float]:
+    """(scale, ratio) nearest to a target ratio among those that a bisection of [0, 1] visits: the paper's search."""
+    low, high, best = 0.0, 1.0, (math.inf, 0.0, 0.0)
+    while high - low >= tolerance and best[0] >= tolerance:
+        scale = (low + high) / 2
+        reached = ratio(scale)
+        best = min(best, (abs(reached - target), scale, reached))
+        low, high = (scale, high) if reached < target else (low, scale)
+    return best[1:]
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evidence: Evidence) -> list[Share]:
+    """What shares a budget: of energy layers only, of a ratio heads too; without those that ``rank_pattern`` fixes."""
+    groups: dict[tuple, list[Target]] = {}
+    for target in targets:
+        product = target.found(model)
+        if config.is_fixed((target.name, target.name.rpartition(".")[0])[: 1 if product.lone else 2]):
+            continue
+        if product.lone or (config.target_ratio is not None and target.is_reducible(model, evidence)):
+            key = tuple((id(view.parameter), view.offset) for view in product.views)
+            groups.setdefault(key, []).append(target)
+    shares = []
+    for group in groups.values():
+        product = group[0].found(model)
+        dense = sum(view.augmented().numel() for view in product.views)
+        cost = lambda rank, target=group[0]: target.cost(model, rank)  # noqa: E731
+        shares.append(Share(tuple(group), product, cost, dense, product.full_rank or product.size()[1], product.lone))
+    return shares
+
+
+def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share]) -> list[int]:
+    """The largest ranks, by one fraction or by error, with which the model is within its ratio."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    budget = config.target_ratio * total - (total - sum(share.dense for share in shares))
+    ranks_at = _by_fraction if config.rank_allocation == "uniform" else _by_error(shares)
+
+    def size(level: float) -> int:
+        return sum(share.size(rank) for share, rank in zip(shares, ranks_at(shares, level), strict=True))
+
+    least = size(0.0)
+    if least > budget:
+        possible = (total - sum(share.dense for share in shares) + least) / total
+        raise ValueError(
+            f"target_ratio is {config.target_ratio}, but with all that is selected at its least rank the model keeps "
+            f"{possible:.3f} of its parameters: give a larger ratio, or select more (target_modules, attention)"
+        )
+    return ranks_at(shares, largest_below(budget, size, 0.0, 1.0))
+
+
+def _by_fraction(shares: Sequence[Share], fraction: float) -> list[int]:
+    return [
+        max(1, round(fraction * share.full) if share.lone else int(fraction * share.full)) for share in shares
+    ]
+
+
+def _by_error(shares: Sequence[Share]) -> Callable[[Sequence[Share], float], list[int]]:
+    """Component i of a layer is kept if σ²_i / Σσ² exceeds λ times the parameters that it takes.
+
+    Exact for a sum of errors, each relative to the energy of its layer. The level in [0, 1] runs through log λ.
+    """
+    worth = [share.energies / share.energies.sum().clamp_min(1e-300) / share.cost(1) for share in shares]
+    values = torch.cat([w[w > 0] for w in worth]).log()
+    low, high = float(values.min()) - 1, float(values.max()) + 1
+    floors = [min(share.full, max(1, math.ceil(FLOOR * share.dense / share.cost(1)))) for share in shares]
+
+    def ranks_at(_: Sequence[Share], level: float) -> list[int]:
+        threshold = math.exp(high - level * (high - low))
+        return [max(floor, int((w > threshold).sum())) for w, floor in zip(worth, floors, strict=True)]
+
+    return ranks_at

@@ -1,0 +1,84 @@
+"""The ``weight`` of a layer that stores factors: what reads it gets the product, and what only looks at it pays nothing.
+
+Over a hundred modeling files read ``proj.weight`` somewhere, most of them its dtype or device (T5's feed-forward).
+`ComposedWeight` knows those without a product, and becomes the product, with its gradient, in any other operation.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layer import FactorizedLayer
+
+# What is answered without a product: torch.Tensor's own answers for a tensor of this shape, dtype and device
+_DESCRIBES = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda", "is_sparse", "is_quantized")
+    ),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.element_size, Tensor.__len__,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device, Tensor.ndimension,
+}  # fmt: skip
+
+
+class ComposedWeight(Tensor):
+    """The weight that a layer's factors make, composed when it is first needed.
+
+    Writing into it raises, since that would be lost. Given to another factorized layer as its ``weight``, which is how
+    transformers ties, it gives that layer the factors.
+    """
+
+    _is_param = True  # an nn.Parameter to isinstance: `tie_weights` looks for one
+    _is_hf_initialized = True
+    layer: "FactorizedLayer"
+
+    @staticmethod
+    def __new__(cls, layer: "FactorizedLayer") -> "ComposedWeight":
+        like = layer.stored("weight")
+        weight = Tensor._make_wrapper_subclass(cls, layer.dense_shape, dtype=like.dtype, device=like.device)
+        weight.layer = layer
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _DESCRIBES:
+                return function(*args, **kwargs)
+            name = getattr(function, "__name__", "")
+            written = args[0] if args and isinstance(args[0], cls) else kwargs.get("out")
+            in_place = name == "__set__" or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            in_place |= name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+            if isinstance(written, cls) and in_place:
+                raise ValueError(
+                    f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is written "
+                    "into it would be lost: write the factors (fnl_hf.factorizations), or call fnl_hf.to_dense(model)"
+                )
+            return function(*map(_product, args), **{key: _product(value) for key, value in kwargs.items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise TypeError(
+            f"{function} was given the weight of a factorized layer behind torch's back, where no gradient would reach "
+            "its factors: give it weight.clone()"
+        )
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.layer.factor_parameters())
+
+    def requires_grad_(self, requires_grad: bool = True) -> "ComposedWeight":
+        """Freeze or train the factors."""
+        for parameter in self.layer.factor_parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+
+def _product(value):
+    if isinstance(value, ComposedWeight):
+        return value.layer.composed()
+    if type(value) in (tuple, list):
+        return type(value)(map(_product, value))
+    return value

@@ -1,0 +1,207 @@
+"""What all layers of factors have in common: W = U Vᵀ, or U M Vᵀ, in the place of a stored W.
+
+U lies under the ordinary layer's own key, ``weight``, in a shape that does not fit there: so plain transformers refuses
+such a checkpoint, and everything that goes by names (optimizers, FSDP, resuming) meets a parameter like any other. The
+attribute ``weight`` is the product (`ComposedWeight`).
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..algebra import chain
+from ..factorization import Declares, Factorization, FactorLeaf, View
+from ..leaves import shell
+from .composed import ComposedWeight
+
+FACTORS = ("weight", "middle", "right")
+# Of a dense product's cost: factor by factor must save this much before evaluation prefers it to the composed weight,
+# since two thin products run at a lower rate than one.
+WORTH_TWO_CALLS = 0.9
+
+
+class FactorizedLayer(Declares, FactorLeaf):
+    """A layer whose matrix (m, n) is U Vᵀ or U M Vᵀ. Values are the caller's to write.
+
+    Parameters: ``weight`` is U, (m, rank), or (m, rank, 1) where (m, rank) would be the shape of the dense weight;
+    ``right`` is V, (n, rank); ``middle``, of a deep one, M, (rank, rank); and the bias of the ordinary layer.
+
+    Training multiplies factor by factor, or composes first where that is cheaper. In evaluation a weight that is
+    composed is kept until a factor changes.
+    """
+
+    kind: ClassVar[str]
+
+    @classmethod
+    def replacing(cls, leaf: nn.Module, rank: int, deep: bool = False) -> Self:
+        """An uninitialised layer with all that was set on ``leaf``, and its bias."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        vars(layer).update({name: value for name, value in vars(leaf).items() if name not in ("_parameters", "_modules")})
+        vars(layer)["_buffers"] = dict(leaf._buffers)
+        layer._ordinary = (shell(leaf),)  # in a tuple: it is no part of the model
+        layer._dimensions(leaf)
+        rows, columns = layer.matrix_shape
+        like = {"dtype": leaf.weight.dtype, "device": leaf.weight.device}
+        left = (rows, rank, 1) if (rows, rank) == tuple(leaf.weight.shape) else (rows, rank)
+        layer._parameters["weight"] = nn.Parameter(torch.empty(left, **like))
+        layer.middle = nn.Parameter(torch.empty(rank, rank, **like)) if deep else None
+        layer.right = nn.Parameter(torch.empty(columns, rank, **like))
+        trains = leaf.weight.requires_grad
+        for parameter in layer.factor_parameters():
+            parameter.requires_grad_(trains)
+        if "bias" in leaf._parameters:
+            layer._parameters["bias"] = leaf.bias
+        layer._is_hf_initialized = True
+        return layer
+
+    # -- what the kinds say ---------------------------------------------------------------------------
+
+    def _dimensions(self, leaf: nn.Module) -> None:
+        """Set what the kind's attributes are called where the ordinary layer calls them otherwise."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix."""
+        raise NotImplementedError
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Of the ordinary layer's weight."""
+        return self.matrix_shape
+
+    @staticmethod
+    def as_matrix(weight: Tensor) -> Tensor:
+        """A dense weight as its matrix (m, n)."""
+        return weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """Inverse of ``as_matrix``."""
+        return matrix
+
+    # -- factors --------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self._parameters["right"].shape[-1]
+
+    def stored(self, name: str) -> nn.Parameter | None:
+        """The parameter of this name, where the attribute is something else."""
+        return self._parameters.get(name)
+
+    def factor_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the product."""
+        return (p for name in FACTORS if (p := self._parameters.get(name)) is not None)
+
+    @property
+    def left(self) -> Tensor:
+        """U, (m, rank)."""
+        weight = self._parameters["weight"]
+        return weight if weight.dim() == 2 else weight[..., 0]
+
+    def composed(self) -> Tensor:
+        """The weight of the ordinary layer, with its gradient."""
+        left = self.left if self.middle is None else self.left @ self.middle
+        return self.as_weight(left @ self.right.mT)
+
+    @property
+    def weight(self) -> Tensor:
+        """The product, as the ordinary layer's weight; on the meta device the stored factor, as it is loaded there."""
+        if any(parameter.is_meta for parameter in self.factor_parameters()):
+            return self._parameters["weight"]
+        return self.composed() if torch.compiler.is_compiling() else ComposedWeight(self)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "weight":
+            return super().__setattr__(name, value)
+        if isinstance(value, ComposedWeight):
+            return self.tie(value.layer)
+        if not isinstance(value, nn.Parameter) or tuple(value.shape) == tuple(self.dense_shape):
+            raise ValueError(
+                f"the weight of a {type(self).__name__} is the product of its factors, and cannot be set to a dense one "
+                "(of an embedding that it is tied to?): factorize both, or call fnl_hf.to_dense(model)"
+            )
+        self._parameters["weight"] = value
+
+    def tie(self, other: "FactorizedLayer") -> None:
+        """Share the factors of another layer.
+
+        Raises:
+            ValueError: Its matrix has another shape.
+        """
+        if other.matrix_shape != self.matrix_shape:
+            raise ValueError(f"a {self.matrix_shape} matrix cannot be tied to one of {other.matrix_shape}")
+        for name in FACTORS:
+            self._parameters[name] = other._parameters.get(name)
+        # which of the factors' names `save_pretrained` may leave out; those of weights it knows
+        self._tied_weights_keys = {name: name for name in FACTORS[1:]}
+
+    def factorization(self, name: str, parent: nn.Module) -> Factorization:
+        views = [View(self._parameters["weight"], _rows, -2)]
+        if self.middle is not None:
+            views.append(View(self.middle, lambda m: m[None], -2))
+        views.append(View(self.right, lambda v: v.mT[None], -1))
+        layout = "deep" if self.middle is not None else ""
+        return Factorization(name, self.kind, chain, tuple(views), min(self.matrix_shape), layout)
+
+    def dense(self) -> nn.Module:
+        """The ordinary layer of the same function."""
+        dense = copy.copy(self._ordinary[0])
+        for name, value in vars(self).items():  # what changed since, such as the number of rows
+            if name in vars(dense) and name not in ("_parameters", "_modules"):
+                vars(dense)[name] = value
+        with torch.no_grad():
+            weight = self.composed().detach().clone(memory_format=torch.contiguous_format)
+        vars(dense)["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=self.weight.requires_grad)}
+        if "bias" in self._parameters:
+            dense._parameters["bias"] = self._parameters["bias"]
+        dense._is_hf_initialized = True
+        return dense.train(self.training)
+
+    # -- when it is composed --------------------------------------------------------------------------
+
+    def _dense_weight(self, factored: float, dense: float, compose: float) -> Tensor | None:
+        """The composed weight where multiplying by that is cheaper, None where factor by factor is.
+
+        Args:
+            factored, dense, compose: multiplications of a forward factor by factor, of one by the dense weight, and of
+                composing it. A backward costs twice each.
+        """
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.factor_parameters()):
+            return self.composed() if factored > dense + compose else None
+        if factored < WORTH_TWO_CALLS * dense:
+            return None
+        return self._kept()
+
+    def _kept(self) -> Tensor:
+        """The composed weight, computed anew only after a factor has changed."""
+        if torch.compiler.is_compiling():
+            return self.composed()
+        factors = list(self.factor_parameters())
+        if any(factor.is_inference() for factor in factors):  # those do not count their changes
+            return self.composed()
+        now = [(factor.data_ptr(), factor._version, factor.dtype) for factor in factors]
+        before, weight = vars(self).get("_composed", (None, None))
+        if before != now:
+            with torch.no_grad(), torch.autocast(factors[0].device.type, enabled=False):
+                weight = self.composed()
+            vars(self)["_composed"] = now, weight
+        return weight
+
+    def train(self, mode: bool = True) -> Self:
+        vars(self).pop("_composed", None)
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        vars(self).pop("_composed", None)
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_composed"}
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return (weight if weight.dim() == 2 else weight[..., 0])[None]

@@ -1,0 +1,137 @@
+"""`LayerTarget`: a layer of factors in a plan, and how it takes the place of the ordinary one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..algebra import chain
+from ..config import FNLConfig
+from ..factorization import Factorization, View, swap
+from ..plan import Activation, Target
+from .convolution import FactorizedConv1d, FactorizedConv2d
+from .embedding import FactorizedEmbedding
+from .layer import FACTORS, FactorizedLayer
+from .linear import FactorizedLinear
+
+# The ordinary class -> the one that takes its place
+LAYERS: dict[type[nn.Module], type[FactorizedLayer]] = {
+    nn.Linear: FactorizedLinear,
+    Conv1D: FactorizedLinear,
+    nn.Embedding: FactorizedEmbedding,
+    nn.Conv2d: FactorizedConv2d,
+    nn.Conv1d: FactorizedConv1d,
+}
+
+
+def layer_class(leaf: nn.Module) -> type[FactorizedLayer] | None:
+    """Which layer of factors may stand for a leaf; None for a leaf of another kind."""
+    return next((factorized for ordinary, factorized in LAYERS.items() if isinstance(leaf, ordinary)), None)
+
+
+@dataclass(frozen=True)
+class LayerTarget(Target):
+    """A linear layer, an embedding or a convolution by itself: its matrix becomes a product.
+
+    Attributes:
+        deep: U M Vᵀ in place of U Vᵀ.
+    """
+
+    family: ClassVar[str] = "layers"
+
+    deep: bool = False
+
+    def found(self, model: nn.Module) -> Factorization:
+        """The weight as it lies in the dense layer."""
+        leaf = model.get_submodule(self.name)
+        read = _reader(leaf)
+        view = View(leaf.weight, lambda weight: read(weight)[None], -2)
+        return Factorization(self.name, self.kind, chain, (view,), min(view().shape[-2:]))
+
+    def parameters(self) -> tuple[str, ...]:
+        return (f"{self.name}.weight",)
+
+    def cost(self, model: nn.Module, rank: int) -> int:
+        return super().cost(model, rank) + (rank * rank if self.deep else 0)
+
+    def shaped(self, factors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self.deep:
+            return factors
+        left, right = factors
+        middle = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
+        return left, middle.expand(*left.shape[:-2], -1, -1), right
+
+    def inputs(self) -> tuple[Activation | None, ...]:
+        """What multiplies a linear layer's matrix."""
+        return (Activation(self.name, "input", lambda x: x[None]),) if self.kind == "linear" else (None,)
+
+    def flaw(self, model: nn.Module | None = None) -> str | None:
+        if (flaw := super().flaw(model)) or model is None:
+            if flaw is None and type(self.deep) is not bool:
+                return f"deep is {self.deep!r}, expected true or false"
+            known = {layer.kind for layer in LAYERS.values()}
+            return flaw if flaw or self.kind in known else f"kind is {self.kind!r}, expected one of {sorted(known)}"
+        leaf = model.get_submodule(self.name)
+        layer = layer_class(leaf)
+        if layer is None or layer.kind != self.kind:
+            return f"has no {self.name} that is a layer of kind {self.kind!r}, but a {type(leaf).__name__}"
+        if getattr(leaf, "groups", 1) != 1:
+            return f"has no {self.name} with one group of channels"
+        return None
+
+    @classmethod
+    def install(cls, model: nn.Module, targets: Sequence["LayerTarget"]) -> None:
+        """Put the layers in place; leaves that share their weight become layers that share factors."""
+        layers: dict[nn.Module, FactorizedLayer] = {}
+        first: dict[int, FactorizedLayer] = {}
+        for target in targets:
+            leaf = model.get_submodule(target.name)
+            layer = layers[leaf] = layer_class(leaf).replacing(leaf, target.rank, target.deep)
+            one = first.setdefault(id(leaf.weight), layer)
+            if one is not layer:
+                layer.tie(one)
+        swap(model, layers)
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                _tie_all_factors(part)
+
+    @classmethod
+    def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
+        """Which layers save neither parameters nor multiplications at their rank."""
+        larger = [product.name for product in products if _is_larger(product)]
+        if not larger:
+            return []
+        some = ", ".join(larger[:3]) + (f" and {len(larger) - 3} more" if len(larger) > 3 else "")
+        return [f"{len(larger)} layers save neither parameters nor FLOPs at their rank: {some}"]
+
+
+def _is_larger(product: Factorization) -> bool:
+    first, *_, last = factors = product.factors()
+    return sum(factor.numel() for factor in factors) >= first.shape[0] * first.shape[-2] * last.shape[-1]
+
+
+def _reader(leaf: nn.Module) -> Callable[[Tensor], Tensor]:
+    """How the matrix (m, n) lies in the weight of an ordinary layer."""
+    return Tensor.t if isinstance(leaf, Conv1D) else layer_class(leaf).as_matrix
+
+
+def _tie_all_factors(model: PreTrainedModel) -> None:
+    """Where transformers ties the weights of two layers of factors while loading, it ties their other factors too."""
+    keys = getattr(model, "all_tied_weights_keys", None)
+    for target, source in list((keys or {}).items()):
+        layers = [_layer_at(model, name) for name in (target, source)]
+        if all(isinstance(layer, FactorizedLayer) for layer in layers):
+            for factor in FACTORS[1:]:
+                if layers[1].stored(factor) is not None:
+                    keys[f"{target.removesuffix('weight')}{factor}"] = f"{source.removesuffix('weight')}{factor}"
+
+
+def _layer_at(model: nn.Module, weight: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
+    except AttributeError:
+        return None
