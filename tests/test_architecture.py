@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "fnl_hf"
 # Who may know whom: a module or folder imports from its own floor and from those below.
 FLOORS = [
     {"algebra", "config", "messages"},
-    {"factorization", "calls"},
+    {"factorization", "calls", "leaves"},
     {"replay", "examples", "sharding"},
     {"proof"},
     {"plan"},
-    {"initialization", "calibration", "saving", "selection", "heads", "ties"},
-    {"planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure", "divergence"},
+    {"initialization", "calibration", "saving", "selection", "heads", "layers", "ties"},
+    {"budget", "planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure", "divergence"},
     {"loading", "rules"},
     {"training_arguments", "warm_start", "loss", "trainer", "overview", "cli"},
     {""},  # the package itself: its public names

@@ -13,7 +13,7 @@ from .arguments import (
     check_unused,
     make_config,
     parse,
-    parse_head_rank,
+    parse_rank,
 )
 from .checkpoints import (
     average_checkpoints_,
@@ -73,7 +73,7 @@ __all__ = [
     "one_line_errors",
     "open_text",
     "parse",
-    "parse_head_rank",
+    "parse_rank",
     "parse_json",
     "prepare_tokenizer",
     "prepared_directory",

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from fnl_hf import FNLConfig, FNLTrainingArguments
+from fnl_hf.config import ALLOCATIONS, FORMS, INITIALIZATIONS, WILDCARDS
 
 from .errors import InputError, one_line, one_line_errors
 
@@ -89,12 +90,43 @@ class FactorizationArguments:
         given: names of all arguments, of any group, that the user gave.
     """
 
-    factorize: bool = field(default=True, metadata={"help": "Make factorizations of the attention products."})
-    attention: list[str] = field(default_factory=lambda: ["qk", "ov"], metadata={"help": "Which: qk, ov or both."})
+    factorize: bool = field(default=True, metadata={"help": "Factorize the model, as the arguments below say."})
+    attention: list[str] = field(
+        default_factory=lambda: ["qk", "ov"], metadata={"help": "Products of attention's heads: qk, ov or both; none."}
+    )
     head_rank: str = field(
         default="1.0", metadata={"help": "Rank of every head: a fraction of its width (0.5), or a whole number (16)."}
     )
-    init: str = field(default="spectral", metadata={"help": "Initialisation of the factors: spectral or default."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers made low-rank: all-linear, all (embeddings and convolutions too), or ends of their names. "
+            "Attention's projections are among them with --attention none."
+        },
+    )
+    exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Ends of the names of modules that stay as they are."}
+    )
+    rank: str = field(
+        default="1.0",
+        metadata={
+            "help": "Rank of layers: a fraction (0.25; above 1 is overcomplete), a whole number (64), or energy=0.9, the "
+            "least that keeps this share of the squared singular values."
+        },
+    )
+    target_ratio: float | None = field(
+        default=None,
+        metadata={"help": "In place of both ranks: parameters of the whole model after / before, such as 0.5."},
+    )
+    rank_allocation: str = field(
+        default="uniform", metadata={"help": "How target_ratio is shared.", "choices": ALLOCATIONS}
+    )
+    form: str = field(
+        default="matrix", metadata={"help": "Of layers: matrix (U V^T) or deep (U M V^T).", "choices": FORMS}
+    )
+    init: str = field(
+        default="spectral", metadata={"help": "Initialisation of the factors.", "choices": INITIALIZATIONS}
+    )
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
 
@@ -115,23 +147,36 @@ class RunArguments:
     do_predict: bool | None = _yes_no("Predict a test set; not given: if there is one.")
 
 
-def parse_head_rank(text: str) -> float | int:
-    """ "0.5" is a fraction of the head's width, "16" the rank itself ("1" is rank one, "1.0" full rank)."""
+def parse_rank(text: str, name: str = "head_rank") -> float | int | dict[str, float]:
+    """ "0.5" is a fraction, "16" the rank itself ("1" is rank one, "1.0" full rank); of layers "energy=0.9" too."""
+    if name == "rank" and text.startswith("energy="):
+        with one_line_errors(ValueError):
+            return {"energy": float(text.removeprefix("energy="))}
     for number in (int, float):
         try:
             return number(text)
         except ValueError:
             continue
-    raise InputError(f"--head_rank {text}: not a number. Give a fraction such as 0.5 or a whole rank such as 16.")
+    raise InputError(f"--{name} {text}: not a number. Give a fraction such as 0.5 or a whole rank such as 16.")
 
 
 def make_config(arguments: FactorizationArguments) -> FNLConfig | None:
     """The factorization that the arguments ask for; None for none. Raises `InputError` if there is no such one."""
     if not arguments.factorize:
         return None
-    rank = parse_head_rank(arguments.head_rank)
+    ranks = {name: parse_rank(getattr(arguments, name), name) for name in ("head_rank", "rank")}
+    names = arguments.target_modules
     with one_line_errors(ValueError):
-        return FNLConfig(attention=tuple(arguments.attention), head_rank=rank, init=arguments.init)
+        return FNLConfig(
+            attention=() if arguments.attention == ["none"] else tuple(arguments.attention),
+            target_modules=names[0] if names is not None and names[0] in WILDCARDS and len(names) == 1 else names,
+            exclude_modules=arguments.exclude_modules,
+            target_ratio=arguments.target_ratio,
+            rank_allocation=arguments.rank_allocation,
+            form=arguments.form,
+            init=arguments.init,
+            **ranks,
+        )
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -296,8 +341,10 @@ def check_factorization(model_args: FactorizationArguments, args: FNLTrainingArg
         raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. {remedy}")
     if not model_args.factorize and not usual.factorize:
         return  # a factorized checkpoint has its own kinds
-    if unknown := set(args.frobenius_decay_kinds or ()) - set(model_args.attention):
+    layers = model_args.target_modules is not None or model_args.target_ratio is not None
+    kinds = [*(k for k in model_args.attention if k != "none"), *(("linear", "embedding", "conv") if layers else ())]
+    if unknown := set(args.frobenius_decay_kinds or ()) - set(kinds):
         raise InputError(
-            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
-            f"{', '.join(model_args.attention)}, or change --attention."
+            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of {', '.join(kinds)}, or "
+            "change --attention or --target_modules."
         )

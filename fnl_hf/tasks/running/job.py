@@ -212,7 +212,7 @@ class Job:
             else:
                 model = new()
             if self.factorization is not None and factorizations(model):
-                say(f"{path} is factorized already, and stays so: --head_rank and --init are unused.")
+                say(f"{path} is factorized already, and stays so: the arguments of a factorization are unused.")
             elif self.factorization is not None:
                 factorize(model, self.factorization)
         return model
