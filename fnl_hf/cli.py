@@ -15,7 +15,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from .config import ATTENTION_KINDS, INITIALIZATIONS, FNLConfig
+from .config import ALLOCATIONS, ATTENTION_KINDS, FORMS, INITIALIZATIONS, WILDCARDS, FNLConfig
+from .factorization import FactorLeaf
 from .loading import written_whole
 from .measure import spectra
 from .overview import Summary, summary
@@ -24,6 +25,8 @@ from .plan import attached
 
 EXAMPLES = """examples:
   fnl-hf factorize my-bert my-bert-half --head_rank 0.5
+  fnl-hf factorize my-bert my-bert-small --target_ratio 0.5
+  fnl-hf factorize my-bert my-bert-thin --target_modules all-linear --rank 0.25
   fnl-hf inspect my-bert-half
   fnl-hf to-dense my-bert-half my-bert-dense
 
@@ -86,10 +89,10 @@ def _quiet_transformers() -> Iterator[None]:
 def model_card(model: nn.Module) -> str:
     """The section of a README.md that says what a factorized checkpoint is and what it takes to load it."""
     products, name = summary(model), type(model).__name__
-    reduced = any(row["rank"] < row["head_dim"] for row in products.rows)
-    if reduced:
+    in_layers = any(isinstance(module, FactorLeaf) for module in model.modules())
+    if in_layers:
         needs = (
-            "Its attention heads are stored at reduced rank, so it loads with `fnl_hf` only: without the import, "
+            "Its weights are stored as factors, so it loads with `fnl_hf` only: without the import, "
             "transformers raises an error about mismatched sizes. `fnl-hf to-dense DIR OUT` makes an ordinary "
             "checkpoint of the same function."
         )
@@ -101,7 +104,7 @@ def model_card(model: nn.Module) -> str:
     return "\n".join(
         [
             CARD_START,
-            "## Factorized attention",
+            "## Factorized weights",
             "",
             f"{products.headline().removeprefix('fnl_hf: ').capitalize()}. {needs}",
             "",
@@ -125,8 +128,13 @@ def _factorize(options: argparse.Namespace) -> None:
         attention=options.attention,
         head_rank=options.head_rank,
         head_layout=options.head_layout,
+        target_modules=_modules(options.target_modules),
+        rank=options.rank,
+        target_ratio=options.target_ratio,
+        rank_allocation=options.rank_allocation,
+        form=options.form,
         rank_pattern=options.rank_pattern,
-        exclude_modules=_exclusion(options.exclude_modules),
+        exclude_modules=_modules(options.exclude_modules),
         init=options.init,
     )
     _refuse_existing(options.out)
@@ -246,17 +254,18 @@ def _card(model: nn.Module, source: Path, title: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fnl-hf",
-        description="Factorize, measure and densify the attention of Hugging Face checkpoints.",
+        description="Factorize, measure and densify Hugging Face checkpoints.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = _command(commands, "factorize", _factorize, "make the head products of a dense checkpoint explicit")
+    command = _command(commands, "factorize", _factorize, "make the weights of a dense checkpoint products of factors")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
     command.add_argument(
-        "--attention", nargs="+", default=ATTENTION_KINDS, metavar="KIND",
-        help="products: qk, ov (default: both), or only some by the ends of their names, as in layer.0.attention.ov",
+        "--attention", nargs="*", default=ATTENTION_KINDS, metavar="KIND",
+        help="""products of heads: qk, ov (default: both), or only some by the ends of their names, as in
+        layer.0.attention.ov; without a KIND none""",
     )  # fmt: skip
     command.add_argument(
         "--head_rank", type=_rank, default=1.0, metavar="RANK",
@@ -265,6 +274,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--head_layout", default="padded", choices=("padded", "compact"), help="how reduced heads are stored"
     )
+    command.add_argument(
+        "--target_modules", nargs="+", metavar="NAME",
+        help="""layers made low-rank: all-linear, all (embeddings and convolutions too), ends of their names, or one
+        regular expression""",
+    )  # fmt: skip
+    command.add_argument(
+        "--rank", type=_layer_rank, default=1.0, metavar="RANK",
+        help="rank of layers: 0.25 is a quarter, 64 the rank itself, energy=0.9 the least that keeps this share of energy",
+    )  # fmt: skip
+    command.add_argument(
+        "--target_ratio", type=float, metavar="RATIO",
+        help="in place of both ranks: parameters of the whole model after / before, such as 0.5",
+    )  # fmt: skip
+    command.add_argument(
+        "--rank_allocation", default="uniform", choices=ALLOCATIONS, help="how the ratio is shared (default: uniform)"
+    )
+    command.add_argument("--form", default="matrix", choices=FORMS, help="of layers: U V^T, or U M V^T (deep)")
     command.add_argument("--init", default="spectral", choices=INITIALIZATIONS, help="initialisation of the factors")
     command.add_argument(
         "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",
@@ -303,6 +329,10 @@ def _rank(text: str) -> float | int:
     return value
 
 
+def _layer_rank(text: str) -> float | int | dict[str, float]:
+    return {"energy": float(text.removeprefix("energy="))} if text.startswith("energy=") else _rank(text)
+
+
 def _rank_pattern(text: str) -> dict | list:
     try:
         pattern = json.loads(text)
@@ -313,9 +343,10 @@ def _rank_pattern(text: str) -> dict | list:
     return pattern
 
 
-def _exclusion(names: list[str] | None) -> None | str | list[str]:
+def _modules(names: list[str] | None) -> None | str | list[str]:
     """A list of names; one that could be none, having other characters than names have, is a regular expression."""
-    return names[0] if names and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]) else names
+    wildcard = names and names[0] in WILDCARDS
+    return names[0] if names and len(names) == 1 and (wildcard or not re.fullmatch(r"[\w.-]+", names[0])) else names
 
 
 if __name__ == "__main__":

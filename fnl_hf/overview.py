@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from .config import FNLConfig
-from .factorization import factorizations, parameter_counts
+from .factorization import FactorLeaf, factorizations, parameter_counts
 from .messages import aligned
 from .plan import FAMILIES, Plan, attached, headline
 from .planning import plan
@@ -34,9 +34,12 @@ class Summary:
     def __str__(self) -> str:
         head = ("name", "kind", "heads", "rank", "left x right", "parameters")
         table = [
-            (r["name"], r["kind"], str(r["heads"]), f"{r['rank']}/{r['head_dim']}", r["shapes"], f"{r['parameters']:,}")
+            (
+                r["name"], r["kind"], str(r["heads"]), f"{r['rank']}/{r['head_dim']}", r["shapes"],
+                f"{r['parameters']:,}{'' if r['saves'] else ' (saves nothing)'}",
+            )
             for r in self.rows
-        ]
+        ]  # fmt: skip
         lines = [aligned([head, *table]), *self.notes]
         lines += [f"skipped {s['name']} {s['kind']}: {s['reason']}" for s in self.skipped]
         return "\n".join([*lines, self.headline() if self.rows else "not factorized"])
@@ -50,6 +53,8 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for product in products:
         (heads, rank), tensors = product.size(), product.factors()
+        parameters = sum(tensor.numel() for tensor in tensors)
+        is_layer = isinstance(model.get_submodule(product.name), FactorLeaf)
         rows.append(
             {
                 "name": product.name,
@@ -59,7 +64,8 @@ def summary(model: nn.Module) -> Summary:
                 "head_dim": product.full_rank or rank,
                 "layout": product.layout,
                 "shapes": " x ".join(str(tuple(tensor.shape)) for tensor in tensors),
-                "parameters": sum(tensor.numel() for tensor in tensors),
+                "parameters": parameters,
+                "saves": not is_layer or parameters < tensors[0].shape[-2] * tensors[-1].shape[-1],
             }
         )
     planned = Plan.of(stored) if stored else Plan((), plan(model, FNLConfig()).skipped)

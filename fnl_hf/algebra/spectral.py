@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .tensors import accumulating
 
-
 TALL = 2  # times as many rows as columns: from there on the Gram matrix costs less than the matrix's own SVD
 
 
