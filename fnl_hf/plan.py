@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import FORMAT_VERSION, FNLConfig
-from .factorization import Declares, Factorization
+from .factorization import Declares, Factorization, FactorLeaf
 from .proof import Evidence
 
 RESTORE = "restore the config.json that was saved with these weights"
@@ -276,6 +276,8 @@ def attach(model: nn.Module, config: FNLConfig, plan: Plan) -> None:
         if not isinstance(declaration, Declares):
             raise TypeError(f"{type(target).__name__}.install left no declaration at {target.name}")
         declaration.planned, declaration.settings = target, settings
+        if not isinstance(declaration, FactorLeaf):  # in no mode of its own
+            declaration.training = model.get_submodule(target.name.rpartition(".")[0]).training
     for skip in plan.skipped:
         module, below = _deepest(model, skip.name)
         vars(module).setdefault(_SKIPPED, []).append((below, skip.kind, skip.reason))
