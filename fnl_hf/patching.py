@@ -164,6 +164,8 @@ def _factorized(
     sides = moments(model, planned.targets, calibration) if calibration is not None else {}
     kept = check and config.init in KEEP_THE_PRODUCT and evidence.recording
     checked = kept and all(target.rank == target.found(model).full_rank for target in planned.targets)
+    if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
+        return _factorized(model, config, verify, calibration, check, whole=True)
     factors, unmoved = {}, set()
     for target in planned.targets:
         product = target.found(model)
@@ -191,7 +193,7 @@ def _factorized(
             product.write(factors.pop(product.name))  # one set in memory beside the model's own, the new or the old
         if checked:  # what is in its old basis shows nothing
             with new_basis([product for product in products if product.name in unmoved]):
-                check_unchanged(model, evidence.recording)
+                check_unchanged(model, evidence.recording, products)
     return planned
 
 
