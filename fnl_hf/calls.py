@@ -1,16 +1,15 @@
 """What modules of a model are called with: recorded in one forward of the model, or made up from their signatures."""
 
-import copy
-import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .outputs import copied, outputs_of
 
 POSITIONS = 6  # of made-up sequences; 7 of what they attend to
 GRID = 8  # rows and columns of a made-up map of features
@@ -30,10 +29,10 @@ class Call:
 
     def to(self, dtype: torch.dtype) -> "Call":
         """A copy with floating-point tensors in ``dtype``."""
-        return Call(*_copied((self.args, self.kwargs), dtype))
+        return Call(*copied((self.args, self.kwargs), dtype))
 
     def described(self) -> tuple:
-        """What kind of arguments it has, without their sizes: calls that differ in it may take other paths."""
+        """What kind of arguments it has, and how wide they are: calls that differ in it may take other paths."""
         return _described(self.args), _described(self.kwargs)
 
 
@@ -69,7 +68,7 @@ class Recording:
                 if name not in self.calls:
                     key = alike(name), Call(args, kwargs).described()
                     if key not in kept:
-                        kept[key] = Call(*_copied((args, kwargs), None))
+                        kept[key] = Call(*copied((args, kwargs), None))
                     self.calls[name] = kept[key]
 
             return hook
@@ -84,67 +83,6 @@ class Recording:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Every floating-point tensor that a model returns, in evaluation mode; modes and random state come back.
-
-    It is given copies of the inputs: SAM 3, for one, writes into the lists that it gets.
-    """
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    inputs = ({"use_cache": False} if takes_cache else {}) | {name: _copied(inputs[name], None) for name in inputs}
-    with as_it_was(model):
-        model.eval()
-        with torch.random.fork_rng(devices=_devices(model)):
-            torch.manual_seed(0)
-            return list(tensors_in(model(**inputs)))
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """After it, every module and attribute of a model is back in its place; values are not looked at.
-
-    BigBird, for one, changes its attention for good when it meets a short input.
-    """
-    restore = snapshot(model)
-    try:
-        yield
-    finally:
-        restore()
-
-
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """What puts every module and attribute of a model back to where it is now; values are not looked at."""
-    registries = ("_modules", "_parameters", "_buffers")
-    before = {
-        module: (dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
-        for module in model.modules()
-    }
-
-    def restore() -> None:
-        for module, (attributes, entries) in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, children in entries.items():
-                vars(module)[name].clear()
-                vars(module)[name].update(children)
-
-    return restore
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module returned, the main one first; caches of keys are no output."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        yield from tensors_in(tuple(value for name, value in output.items() if not re.search("past|cache", str(name))))
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(output):
-        yield from tensors_in(vars(output))
 
 
 # -- a module's call ---------------------------------------------------------------------------------
@@ -352,30 +290,12 @@ def _rotation_as(name: str, rotation: tuple[Tensor, ...], flat: bool) -> Any:
 # ----------------------------------------------------------------------------------------------------
 
 
-def _copied(value: Any, dtype: torch.dtype | None) -> Any:
-    """Detached copies, floating-point tensors in ``dtype`` if given, through containers; other objects are copied."""
-    if isinstance(value, Tensor):
-        value = value.detach().clone()
-        return value.to(dtype) if dtype and value.is_floating_point() else value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_copied(item, dtype) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _copied(item, dtype) for key, item in value.items()}
-    return copy.deepcopy(value)
-
-
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.dim(), value.is_floating_point()
+        wide = value.is_floating_point() and value.dim() > 1  # rotations may turn more of a head here than there
+        return value.dim(), value.is_floating_point(), value.shape[-1] if wide else None
     if isinstance(value, (list, tuple)):
         return tuple(map(_described, value))
     if isinstance(value, dict):
         return tuple((name, _described(item)) for name, item in value.items())
     return value if isinstance(value, (bool, str, type(None))) else type(value).__name__
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    """The accelerators that a model lies on, for ``fork_rng``."""
-    return list({p.device for p in model.parameters() if p.device.type == "cuda"})

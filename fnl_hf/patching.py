@@ -169,6 +169,8 @@ def _factorized(
         and all(keeps_the_product(config.init, product.lone) for product in found.values())
         and evidence.recording
     )
+    if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
+        return _factorized(model, config, verify, calibration, check, whole=True)
     factors, unmoved, of_weights = {}, set(), {}
     for target in planned.targets:
         product = found[target.name]
@@ -202,7 +204,7 @@ def _factorized(
             product.write(factors.pop(product.name))  # one set in memory beside the model's own, the new or the old
         if checked:  # what is in its old basis shows nothing
             with new_basis([product for product in products if product.name in unmoved]):
-                check_unchanged(model, evidence.recording)
+                check_unchanged(model, evidence.recording, products)
     return planned
 
 

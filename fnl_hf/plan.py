@@ -295,6 +295,8 @@ def attach(model: nn.Module, config: FNLConfig, plan: Plan) -> None:
         if not isinstance(declaration, Declares):
             raise TypeError(f"{type(target).__name__}.install left no declaration at {target.name}")
         declaration.planned, declaration.settings = target, settings
+        if not isinstance(declaration, FactorLeaf):  # in no mode of its own
+            declaration.training = model.get_submodule(target.name.rpartition(".")[0]).training
     for skip in plan.skipped:
         module, below = _deepest(model, skip.name)
         vars(module).setdefault(_SKIPPED, []).append((below, skip.kind, skip.reason))

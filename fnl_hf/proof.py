@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .calls import (
     Call,
@@ -24,13 +24,15 @@ from .calls import (
     a_rotation,
     drawn,
     made_up,
-    outputs_of,
     rotations_for,
 )
 from .examples import record_examples
 from .factorization import Factorization, FactorLeaf
-from .replay import MOVED, REFUTED, UNREACHED, Found, Stage, Verdict, distance, fingerprint, new_basis
+from .outputs import changes, largest_rounding, outputs_of
+from .replay import MOVED, REFUTED, UNREACHED, Found, Stage, Verdict, fingerprint, may_count, new_basis, numbers
 
+DRAWS = 3  # of rounding, where outputs change by more than it should
+JUMP = 10.0  # times what rounding alone does to a model, up to which a change refutes no product
 REACH = 3  # how far above a product's owner the module may be that is replayed
 # What a forward of the whole model loses by rounding, as a share of what the control changes
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -77,6 +79,7 @@ class Evidence:
         self.obstacle = ""  # why there is no recording
         self._fingerprints: dict[str, tuple] = {}
         self._known: dict[tuple, Any] = {}
+        self._counting: dict[tuple, bool] = {}
         self._stages: dict[tuple, Stage | Exception] = {}
 
     @cached_property
@@ -163,7 +166,8 @@ class Evidence:
     ) -> Iterator[tuple[Any, str]]:
         """What each stage at or above ``owner`` answers, the likeliest first; (None, error) where it does not run.
 
-        An answer is remembered for all modules that are equal to this one but for the values of their weights.
+        An answer is remembered for all modules that are equal to this one but for the values of their weights, and for
+        the number of the layer where their forward does not compute with it.
 
         Args:
             product: what the question is about, for the sizes of inputs.
@@ -171,7 +175,7 @@ class Evidence:
         calls = self._recorded_calls(owner) if recorded_only else self._calls(owner, product)
         for i, (name, call) in enumerate(calls):
             where = owner.removeprefix(name), self._alike(name)
-            key = (question, *where, i, call.described())
+            key = (question, *where, i, call.described(), self._number(name, call, i))
             if key not in self._known:
                 stage = self._stage(name, call, i)
                 try:
@@ -209,6 +213,17 @@ class Evidence:
             for sizes in dict.fromkeys((widths, (inner, inner))):  # the second of queries that have a latent
                 for call in made_up(module, sizes, rotations, generator, of_scores=product.family == "qk"):
                     yield name, call
+
+    def _number(self, name: str, call: Call, i: int) -> tuple:
+        """The number of a layer among its equals, if it gives something else with that of another."""
+        module, key = self.model.get_submodule(name), (self._alike(name), i, call.described())
+        if key not in self._counting:
+            near = {other for owner in self._owners for other in _lineage(owner)[:REACH]}
+            kin = {other for other in near if type(self.model.get_submodule(other)) is type(module)}
+            others = {numbers(self.model.get_submodule(n)) for n in kin if self._alike(n) == key[0]} - {numbers(module)}
+            stage = self._stage(name, call, i) if others and may_count(module) else None
+            self._counting[key] = isinstance(stage, Stage) and stage.counts(others)
+        return numbers(module) if self._counting[key] else ()
 
     def _stage(self, name: str, call: Call, i: int) -> Stage | Exception:
         """The stage for the i-th call; one at a time is kept, since a float64 copy of a large module is large."""
@@ -261,7 +276,7 @@ def prove(evidence: Evidence, found: Sequence[Found]) -> Verification:
             values = moved([product], ("left", "right")), moved([product], ("left",))
         reason = None if values[0] > REFUTED or values[1] > MOVED else UNREACHED
         alone = Verdict(product.name, product.kind, *values, reason, tolerance)
-        if not alone.exact and not reason and _jitter(model, recording, product) > values[0] / 10:
+        if not alone.exact and not reason and rounding_alone(model, recording, [product]) > values[0] / JUMP:
             alone = replace(alone, reason=JUMPS)  # of sorted, rounded or drawn values: only the replay can tell
         doubted = alone.reason or (replayed and not replayed.exact)  # or nothing moves, behind weights that are zero
         verdicts.append(replayed if replayed and doubted else alone)
@@ -276,37 +291,48 @@ def refuted_by_the_whole(evidence: Evidence, found: Sequence[Found]) -> set[str]
     """
     model, products = evidence.model, [each(evidence.model) for each in found]
     recording = evidence.recording if products else None
-    if not recording or not recording.output:
+    if not recording:
         return set()
 
     def moved(some: Sequence[Factorization]) -> float:
         with new_basis(some):
             return _changed(model, recording)
 
-    allowed = ROUNDING.get(recording.output[0].dtype, COARSE_ROUNDING)
+    allowed = allowed_change(recording, products)
     if moved(products) <= allowed:
         return set()
-    changes = {product.name: (product, moved([product])) for product in products}
-    suspects = {name: (product, change) for name, (product, change) in changes.items() if change > allowed}
+    alone = {product.name: (product, moved([product])) for product in products}
+    suspects = {name: (product, change) for name, (product, change) in alone.items() if change > allowed}
     # where rounding in one of them moves the outputs as far, the model jumps, which refutes none
-    jitter = max((_jitter(model, recording, product) for product, _ in suspects.values()), default=0)
-    return {name for name, (_, change) in suspects.items() if jitter < change / 10}
+    jump = max((rounding_alone(model, recording, [product]) for product, _ in suspects.values()), default=0.0)
+    return {name for name, (_, change) in suspects.items() if jump < change / JUMP}
 
 
-def _jitter(model: nn.Module, recording: Recording, product: Factorization) -> float:
-    """The relative change of a model's outputs when a product changes by rounding alone."""
-    with new_basis([product], ()):
-        original = product.augmented()
-        product.write([factor * (1 + 2 * torch.finfo(factor.dtype).eps) for factor in original])
-        return _changed(model, recording)
+def allowed_change(recording: Recording, products: Sequence[Factorization]) -> float:
+    """The relative change of outputs by rounding: a loss is in float32 though the weights behind it are not."""
+    weights = [parameter for product in products for parameter in product.parameters()]
+    return largest_rounding([*recording.output, *weights])
+
+
+def rounding_alone(model: nn.Module, recording: Recording, products: Sequence[Factorization]) -> float:
+    """How far the outputs of a model move when products change by rounding alone: the furthest of some draws."""
+    generator, outputs, furthest = torch.Generator().manual_seed(0), outputs_of(model, recording.inputs), 0.0
+    for _ in range(DRAWS):
+        with new_basis(products, ()):
+            for product in products:
+                product.write([_rounded(factor, generator) for factor in product.augmented()])
+            furthest = max(furthest, *changes(outputs_of(model, recording.inputs), outputs), 0.0)
+    return furthest
+
+
+def _rounded(factor: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.rand(factor.shape, generator=generator).to(factor) * 2 - 1
+    return factor * (1 + 2 * torch.finfo(factor.dtype).eps * noise)
 
 
 def _changed(model: nn.Module, recording: Recording) -> float:
-    """The largest relative change of what a model returns; of what is nearly zero, relative to the rest."""
-    outputs, before = outputs_of(model, recording.inputs), recording.output
-    least = 1e-3 * max((float(tensor.norm()) for tensor in before), default=0.0)
-    pairs = zip(outputs, before, strict=True)
-    return max((distance(new, old) * min(1.0, float(old.norm()) / (least or 1.0)) for new, old in pairs), default=0.0)
+    """The largest relative change of what a model returns."""
+    return max(changes(outputs_of(model, recording.inputs), recording.output), default=0.0)
 
 
 def holders(model: nn.Module, products: Iterable[Factorization]) -> set[str]:

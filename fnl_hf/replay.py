@@ -1,18 +1,22 @@
 """A module by itself: a float64 copy with random weights, on a call, in which products are proven."""
 
 import copy
+import dataclasses
+import enum
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .algebra.tensors import SIDES
-from .calls import Call, ProbeError, tensors_in
+from .calls import Call, ProbeError
 from .factorization import Factorization
+from .outputs import same_draws, tensors_in
 
 TOLERANCE = 5e-5  # of the change that the one-sided controls make; wrong layouts have shown 1.4e-4 and more
 MOVED = 1e-6  # relative change of the output from which on a control has moved it
@@ -83,9 +87,22 @@ class Stage:
     def run(self, module: nn.Module) -> Tensor:
         """What a module of the same names returns for the call."""
         call = copy.deepcopy(self.call)  # some modules write into their arguments
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad(), same_draws(module):
             return next(tensors_in(module(*call.args, **call.kwargs)))
+
+    def counts(self, others: Iterable[tuple]) -> bool:
+        """Whether the module gives something else with the numbers that others have (see ``numbers``), or fails."""
+        own = numbers(self.module)
+        try:
+            return any(distance(self._run_as(each), self.output) > MOVED for each in others)
+        except Exception:  # any user module may stand here
+            return True
+        finally:
+            _set_numbers(self.module, own)
+
+    def _run_as(self, others: tuple) -> Tensor:
+        _set_numbers(self.module, others)
+        return self.run(self.module)
 
     def root(self, module: nn.Module | None = None) -> nn.Module:
         """A model that holds nothing but the copy (or ``module``), under the name that it has in the whole one."""
@@ -149,8 +166,12 @@ class new_basis:  # noqa: N801
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             self.originals = [[tensor.clone() for tensor in product.augmented()] for product in self.products]
-            for product, original in zip(self.products, self.originals, strict=True):
-                product.write(product.form.change_basis(original, generator, self.sides))
+            try:
+                for product, original in zip(self.products, self.originals, strict=True):
+                    product.write(product.form.change_basis(original, generator, self.sides))
+            except BaseException:  # out of memory, say: nobody leaves what was never entered
+                self.__exit__()
+                raise
 
     def __exit__(self, *error):
         for product, original in zip(self.products, self.originals, strict=True):
@@ -159,14 +180,17 @@ class new_basis:  # noqa: N801
 
 # ----------------------------------------------------------------------------------------------------
 
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+FLAGS = 4  # entries that a buffer may have to be a flag or a scale
+_NAMED = re.compile(r".*(cache|past|is_updated|layers\[|logger|warn).*")  # a line that looks a layer up, or tells of it
 _LAYER_NUMBER = re.compile(r"(^|_)(layer|block)_?(idx|id|index|num|number)$|^idx$")
 
 
 def fingerprint(module: nn.Module) -> tuple:
     """What the modules of one class may differ in but for the values of their weights.
 
-    The classes below it, their plain attributes but the number of the layer, the shapes of parameters and which of
-    them are one, the config.
+    The classes below it, their plain attributes and flags but the number of the layer, the shapes of parameters and
+    which of them are one, the config.
     """
     first: dict[int, int] = {}
     parameters = tuple(
@@ -177,17 +201,63 @@ def fingerprint(module: nn.Module) -> tuple:
     for name, part in module.named_modules():
         plain = [
             (key, repr(value))
-            for key, value in vars(part).items()
-            if key != "training" and not _LAYER_NUMBER.search(key) and _is_plain(value)
+            for key, value in (vars(part) | part._buffers).items()
+            if key not in _OF_EVERY_MODULE and not _LAYER_NUMBER.search(key) and _is_plain(value)
         ]
         parts.append((name, type(part), tuple(sorted(plain)), id(getattr(part, "config", None))))
     return parameters, tuple(parts)
 
 
+def numbers(module: nn.Module) -> tuple:
+    """The numbers of layers that the parts of a module hold: (name of the part, attribute, number) of each."""
+    return tuple(
+        (name, key, value)
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if _LAYER_NUMBER.search(key) and isinstance(value, int)
+    )
+
+
+def may_count(module: nn.Module) -> bool:
+    """Whether a forward may compute with the number of its layer, beyond finding its place in a cache of keys.
+
+    By the lines that name it, so that the classes of transformers need no forward to show that they do not.
+    """
+    held = {(type(module.get_submodule(name)), key) for name, key, _ in numbers(module)}
+    return any(_NAMED.sub("", line).count(key) for part, key in held for line in _lines(part))
+
+
+def _lines(part: type) -> list[str]:
+    """The source of a class and of those that it extends, without what builds it; what cannot be read is one line."""
+    lines = []
+    for each in part.__mro__:
+        if each in nn.Module.__mro__:
+            continue
+        for name, function in vars(each).items():
+            if inspect.isfunction(function) and name != "__init__":
+                try:
+                    lines += inspect.getsource(function).splitlines()
+                except OSError:
+                    lines += function.__code__.co_names
+    return lines
+
+
+def _set_numbers(module: nn.Module, values: tuple) -> None:
+    for name, key, value in values:
+        setattr(module.get_submodule(name), key, value)
+
+
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
+    """Whether a value may decide what a forward does, and its ``repr`` tells which it is."""
+    if isinstance(value, Tensor):
+        return value.numel() <= FLAGS and not value.is_meta
+    if isinstance(value, (tuple, list, set, frozenset)):
         return len(value) <= 16 and all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None), torch.dtype))
+    if isinstance(value, dict):
+        return len(value) <= 16 and all(map(_is_plain, (*value, *value.values())))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _is_plain([getattr(value, each.name, None) for each in dataclasses.fields(value)])
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype, enum.Enum, FunctionType))
 
 
 def _random_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -198,8 +268,9 @@ def _random_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         for name, parameter in module.named_parameters()
         if parameter.is_floating_point()
     }
-    module = copy.deepcopy(module, drawn).to(dtype).requires_grad_(False).eval()  # the memo: no weight is copied
+    module = copy.deepcopy(module, drawn).to(dtype).requires_grad_(False)  # the memo: no weight is copied
     for part in module.modules():
+        part.training = False  # without `train`, in which layers of loralib change their weights
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
     return module

@@ -131,6 +131,19 @@ def test_half_precision_grams_accumulate_in_float32():
     assert chain.squared_norm((left, right)).double().item() == pytest.approx(exact.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("rank", [128, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_precision_keeps_small_directions(dtype, rank):
+    """As many directions as a head of a large model has, the least 0.01 of the largest: not one of them is noise."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(256, 128, generator=generator))[0] for _ in range(2))
+    factors = [(left * torch.logspace(0, -2, 128)).to(dtype), right.mT.to(dtype)]
+    u, sigma, vt = torch.linalg.svd(chain.product([factor.double() for factor in factors]), full_matrices=False)
+    best = (u[:, :rank] * sigma[:rank]) @ vt[:rank]
+    balanced = chain.product([factor.double() for factor in chain.balance(factors, rank)])
+    assert (balanced - best).norm() < torch.finfo(dtype).eps * best.norm()
+
+
 def test_a_rank_beyond_the_factors_is_refused():
     with pytest.raises(ValueError, match=r"rank 3 is outside 1\.\.2"):
         chain.balance((U, V.mT), 3)

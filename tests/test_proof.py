@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import fnl_hf
+from fnl_hf.calls import Call
 from fnl_hf.checking import kept_on_error
 from fnl_hf.planning import REFUTED
 from fnl_hf.proof import Evidence
@@ -267,6 +269,35 @@ def test_equal_layers_are_proven_once_and_different_ones_apart(monkeypatch):
     assert fingerprint(layers[0].self_attn) != fingerprint(layers[1].self_attn)
 
 
+class Numbered(Attention):
+    """Normalises its queries in every other layer, as its number or its options tell."""
+
+    def __init__(self, number, options):
+        super().__init__()
+        self.layer_idx, self.options = (None, {"norm": bool(number % 2)}) if options else (number, None)
+
+    def queries(self, q):
+        normalised = self.options["norm"] if self.options else self.layer_idx % 2
+        return F.normalize(q, dim=-1) if normalised else q
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_layers_that_differ_by_their_number_or_options_are_proven_apart(options):
+    model = nn.Sequential(*[Numbered(number, options) for number in range(4)])
+    x = torch.randn(2, 5, 16)
+    before = model(x)
+    fnl_hf.factorize(model)  # without a forward of the whole, which nobody knows the inputs of
+    assert [product.name for product in fnl_hf.factorizations(model) if product.kind == "qk"] == ["0.qk", "2.qk"]
+    assert relative(model(x), before) < 1e-5
+
+
+def test_calls_with_rotations_of_another_width_are_different_ones():
+    """Of layers of one class one may turn all of a head, and the next a part of it."""
+    x = torch.randn(1, 6, 32)
+    full, part, longer = (Call((x,), {"cos": torch.ones(1, n, width)}) for n, width in ((6, 8), (6, 4), (9, 8)))
+    assert full.described() == longer.described() != part.described()
+
+
 def test_layers_that_rotate_and_layers_that_do_not():
     config = tf.SmolLM3Config(
         hidden_size=32, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -432,6 +463,33 @@ def test_it_is_left_dense_where_its_factors_stay_what_they_are(init):
     assert len(fnl_hf.factorizations(model)) == 3 and relative(first_output(model, TEXT), before) < 1e-4
 
 
+def test_it_is_left_dense_where_a_family_takes_less_than_the_full_rank(monkeypatch):
+    """Then the check after writing does not run, and planning has to look at the whole model."""
+    real = fnl_hf.heads.HeadTarget.found
+    monkeypatch.setattr(fnl_hf.heads.HeadTarget, "found", lambda *args: replace(real(*args), full_rank=None))
+    model = randomised(Sneaky(tf.BertConfig(**BERT)))
+    before = first_output(model, TEXT)
+    fnl_hf.factorize(model)
+    assert len(fnl_hf.factorizations(model)) == 3 and relative(first_output(model, TEXT), before) < 1e-4
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), float("nan"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("config", [fnl_hf.FNLConfig(), HALF])
+def test_it_is_left_dense_where_a_mask_would_hide_the_change(fill, config):
+    class Masked(Sneaky):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.last_hidden_state[..., :4] = fill
+            return outputs
+
+    model = randomised(Masked(tf.BertConfig(**BERT)))
+    before = first_output(model, TEXT)
+    fnl_hf.factorize(model, config)
+    assert len(fnl_hf.factorizations(model)) == 3 and fnl_hf.verify(model, **TEXT)
+    if config.is_full_rank():
+        assert relative(first_output(model, TEXT)[..., 4:], before[..., 4:]) < 1e-4
+
+
 def test_a_model_that_would_change_is_restored(monkeypatch):
     monkeypatch.setattr("fnl_hf.planning.refuted_by_the_whole", lambda *_: set())
     model = randomised(Sneaky(tf.BertConfig(**BERT)))
@@ -464,6 +522,103 @@ def test_an_interruption_restores_structure_and_values():
         raise KeyboardInterrupt
     assert repr(model) == text and model[0].num_heads == 2 and "extra" not in vars(model)["_modules"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Drifting(tf.BertModel):
+    """Gives something else in every forward."""
+
+    forwards = 0
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        Drifting.forwards += 1
+        outputs.last_hidden_state = outputs.last_hidden_state * 2.0**Drifting.forwards
+        return outputs
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_factors_that_are_tied_are_restored_too(tied, monkeypatch):
+    """They are written once for each name: what is kept of the second is what the first one got."""
+    monkeypatch.setattr("fnl_hf.checking.rounding_alone", lambda *_: 0.0)  # which is as large in a model that drifts
+    model = randomised(Drifting(tf.BertConfig(**BERT)))
+    one, other = (layer.attention for layer in model.encoder.layer)
+    for name in ("self.query", "self.key", "self.value", "output.dense"):
+        if tied:
+            other.get_submodule(name).weight = one.get_submodule(name).weight
+            other.get_submodule(name).bias = one.get_submodule(name).bias
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="gives other outputs than before"):
+        fnl_hf.factorize(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_biases_that_are_cut_when_layers_are_installed_are_restored(monkeypatch):
+    model = randomised(tf.DebertaModel(tf.DebertaConfig(**BERT)))
+    state = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("fnl_hf.patching.attach", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fnl_hf.factorize(model, HALF)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_proof_that_runs_out_of_memory_leaves_the_model_as_it_was(monkeypatch):
+    model = fnl_hf.factorize(randomised(tf.BertModel(tf.BertConfig(**BERT))))
+    state, real, calls = copy.deepcopy(model.state_dict()), fnl_hf.algebra.chain.change_basis, []
+
+    def change_basis(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(*args)
+
+    monkeypatch.setattr("fnl_hf.algebra.chain.change_basis", change_basis)
+    with pytest.raises(torch.OutOfMemoryError):
+        fnl_hf.verify(model, **TEXT)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+class Merging(nn.Linear):
+    """A layer with an adapter, as those of loralib are: evaluation mode merges it into the weight."""
+
+    def __init__(self, width_in, width_out):
+        super().__init__(width_in, width_out)
+        self.down, self.up = nn.Parameter(torch.randn(2, width_in)), nn.Parameter(torch.randn(width_out, 2))
+        self.merged, self.seen = False, []
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.up.data @ self.down.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return super().forward(x) + (0 if self.merged else x @ self.down.mT @ self.up.mT)
+
+
+@pytest.mark.parametrize("config", [fnl_hf.FNLConfig(), HALF])
+def test_a_training_model_stays_one(config):
+    """Its adapters unmerged, its scripted modules and its declarations in training mode, its lists as they were."""
+    model = randomised(tf.BertModel(tf.BertConfig(**BERT)))
+    for layer in model.encoder.layer:
+        layer.intermediate.dense = Merging(32, 40)
+    model.pooler.dense = torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5)))
+    model.train()
+    kept = [layer.intermediate.dense.weight.clone() for layer in model.encoder.layer]
+    fnl_hf.factorize(model, config)
+    assert len(fnl_hf.factorizations(model)) == 4
+    assert all(module.training for module in model.modules())
+    for layer, weight in zip(model.encoder.layer, kept, strict=True):
+        assert torch.equal(layer.intermediate.dense.weight, weight) and not layer.intermediate.dense.seen
+    fnl_hf.to_dense(model)
+    fnl_hf.factorize(model.eval(), config)
+    assert not any(module.training for module in model.modules())
+
+
+def test_no_accelerator_is_seeded(monkeypatch):
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: 1 / 0)
+    fnl_hf.verify(fnl_hf.factorize(randomised(tf.BertModel(tf.BertConfig(**BERT)))), **TEXT)
 
 
 def test_nobody_touches_the_random_generator():

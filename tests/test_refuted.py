@@ -145,3 +145,43 @@ def test_a_model_that_writes_into_its_inputs_gets_copies_of_them():
     fnl_hf.factorize(model, verify={"layers": given})
     assert kinds(model) == ["ov", "ov", "qk", "qk"]
     assert fnl_hf.verify(model, layers=given) and torch.equal(given[0], kept)
+
+
+DEEP = {
+    "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 100,
+    "num_labels": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [tf.LlamaForSequenceClassification, tf.LlamaForCausalLM])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_in_half_precision_is_no_change(cls, seed):
+    """A score is one number, the small difference of large ones; a loss is in float32 whatever it is made of."""
+    torch.manual_seed(seed)
+    model, ids = cls(tf.LlamaConfig(**DEEP)).bfloat16().eval(), torch.randint(5, 99, (1, 9))
+    inputs = {"input_ids": ids} | ({"labels": ids} if cls is tf.LlamaForCausalLM else {})
+    fnl_hf.factorize(model, verify=inputs)
+    assert len(fnl_hf.factorizations(model)) == 12
+
+
+class Varying(tf.BertModel):
+    """Gives as many tensors as it likes, or one as long as it likes; reads a weight of its attention elsewhere."""
+
+    apart = False
+
+    def forward(self, *args, **kwargs):
+        hidden = super().forward(*args, **kwargs).last_hidden_state
+        hidden = (hidden @ self.encoder.layer[0].attention.self.value.weight)[0]
+        kept = hidden[hidden[:, 0] > hidden[:, 0].mean()]
+        return tuple(kept) if self.apart else (kept,)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_outputs_of_another_shape_are_other_outputs(apart):
+    model = randomised(Varying(tf.BertConfig(**BERT)))
+    model.apart = apart
+    before = model(**TEXT)
+    fnl_hf.factorize(model, verify=TEXT)
+    assert kinds(model) == ["ov", "qk", "qk"]
+    for one, other in zip(model(**TEXT), before, strict=True):
+        assert relative(one, other) < 1e-4

@@ -120,14 +120,18 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _split(left: Tensor, sigma: Tensor, right: Tensor, rank: int, scale: Tensor | None, dtype: torch.dtype):
-    """A_r Σ_r^½ and Σ_r^½ B_rᵀ; where σ = 0, only the left is zero: with both, the direction could never learn."""
+    """A_r Σ_r^½ and Σ_r^½ B_rᵀ; where σ = 0, only the left is zero: with both, the direction could never learn.
+
+    Zero is what float32 takes for it: half precision keeps small directions to as many digits as large ones.
+    """
     sigma = torch.nn.functional.pad(sigma, (0, max(0, rank - sigma.shape[-1])))
     left, right = surplus(left, right, rank)
     left, sigma, right = left[..., :rank], sigma[..., :rank], right[..., :rank, :]
     root = sigma.sqrt()
     if scale is None:
         scale = root.square().mean(-1).sqrt()
-    alive = sigma > sigma[..., :1] * sigma.shape[-1] * torch.finfo(dtype).eps
+    eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    alive = sigma > sigma[..., :1] * sigma.shape[-1] * eps
     left_root = torch.where(alive, root, 0.0)
     right_root = torch.where(alive, root, scale[..., None])
     return (left * left_root[..., None, :]).to(dtype), (right_root[..., :, None] * right).to(dtype)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fnl_hf
-from fnl_hf.calls import outputs_of
 from fnl_hf.heads import find_attention
+from fnl_hf.outputs import outputs_of
 from fnl_hf.planning import plan
 from fnl_hf.proof import Evidence, prove
 
