@@ -57,7 +57,9 @@ from transformers import (
 from fnl_hf.tasks.running import (
     InputError,
     Job,
+    arguments_of,
     average_checkpoints_,
+    check_used,
     complete_checkpoints,
     given_lines,
     load,
@@ -80,7 +82,6 @@ from fnl_hf.tasks.translation import (
     bleu_for,
     encode,
     hub_metric,
-    languages_of,
     metric_scores,
     new_marian,
     own_dropout,
@@ -99,8 +100,11 @@ from fnl_hf.tasks.translation import (
     store_search,
     training_files,
     translate,
+    use_languages,
     write_translations,
 )
+
+LANGUAGES = ("source_lang", "target_lang")
 
 
 def score(
@@ -135,30 +139,59 @@ def score(
         job.report("test", metrics | {f"test_{name}": value for name, value in own.items()})
 
 
+def trained_languages(
+    model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments
+) -> dict[str, str]:
+    """The languages of a finished run, where they are recorded; those that are not given become the arguments.
+
+    Raises:
+        InputError: arguments are given that are not the run's.
+    """
+    values = arguments_of(model_args, data_args, args)
+    given = {name: values[name] for name in model_args.given & values.keys()}
+    known = check_used(Path(args.output_dir), given, MAY_CHANGE.union(LANGUAGES, ("max_length", "source_prefix")))
+    trained = {name: known[name] for name in LANGUAGES if name in known}
+    for name in trained.keys() - model_args.given:
+        setattr(data_args, name, trained[name])
+    return trained
+
+
 def load_finished(
-    data_args: DataArguments, args: TranslationArguments
+    model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments, trained: dict[str, str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a finished run, and its tokenizer; what it wants before every source joins the arguments."""
     model, tokenizer = load_trained(AutoModelForSeq2SeqLM, args.output_dir)
-    languages = data_args.source_lang, data_args.target_lang
-    if languages_of(tokenizer) and tokenizer.tgt_lang is None:  # a multilingual checkpoint that nobody has fine-tuned
-        set_languages(tokenizer, *languages)
-    data_args.source_prefix = data_args.source_prefix or prefix_of(tokenizer, model.config, *languages)
-    set_first_token(model, tokenizer)
+    given = model_args.given.intersection(LANGUAGES)
+    use_languages(tokenizer, {name: getattr(data_args, name) for name in LANGUAGES}, given, trained)
+    stored = None if given else getattr(model.config, "prefix", None)
+    data_args.source_prefix = (
+        data_args.source_prefix
+        or stored
+        or prefix_of(tokenizer, model.config, data_args.source_lang, data_args.target_lang)
+    )
+    set_first_token(model, tokenizer, data_args.source_prefix)
     return model, tokenizer
+
+
+def test_name(path: str | None) -> str:
+    """What the scores on a test set are called: its file without the ends that tell compression and language."""
+    if path is None:
+        return "shipped"
+    name = Path(path).name.removesuffix(".gz").removesuffix(".xz")
+    return name.rpartition(".")[0] or name
 
 
 def score_finished(model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments) -> None:
     """Score the model of a finished run on a test set; what it had there stays: results get a folder of their own."""
+    trained = trained_languages(model_args, data_args, args)
     files = {kind: getattr(data_args, f"test_{kind}") for kind in ("file", "source", "target")}
     text = split_text("test", data_args.source_lang, data_args.target_lang, **files)
     pairs = read_pairs(text, data_args.max_eval_samples)
     references = read_references(data_args, pairs)
     bleu_for(data_args.target_lang)
     metric = hub_metric(data_args.metric) if data_args.metric else None
-    model, tokenizer = load_finished(data_args, args)
-    given = files["file"] or files["source"]
-    name = Path(given).name.split(".")[0] if given else "shipped"
+    model, tokenizer = load_finished(model_args, data_args, args, trained)
+    name = test_name(files["file"] or files["source"])
     args.output_dir, args.eval_strategy = str(Path(args.output_dir) / f"test-{name}"), "no"
     job = Job(AutoModelForSeq2SeqLM, model_args, data_args, args, trains=False)
     job.make_trainer(TranslationTrainer, model=model, processing_class=tokenizer)
@@ -166,12 +199,13 @@ def score_finished(model_args: ModelArguments, data_args: DataArguments, args: T
     job.report_resources()
 
 
-def translate_input(data_args: DataArguments, args: TranslationArguments) -> None:
+def translate_input(model_args: ModelArguments, data_args: DataArguments, args: TranslationArguments) -> None:
     """Print the translations of the sentences that the user gave, by the model of a finished run."""
     if args.world_size > 1:  # each would read a part of standard input
         raise InputError(f"--translate is for one process, and these are {args.world_size}. Start it without torchrun.")
     sentences = given_lines(data_args.translate)
-    model, tokenizer = load_finished(data_args, args)
+    trained = trained_languages(model_args, data_args, args)
+    model, tokenizer = load_finished(model_args, data_args, args, trained)
     for translation in translate(model, tokenizer, sentences, **data_args.search, progress=False):
         say(translation)
 
@@ -179,7 +213,7 @@ def translate_input(data_args: DataArguments, args: TranslationArguments) -> Non
 def main() -> None:
     model_args, data_args, args = parse_arguments(__doc__)
     if data_args.translate:
-        return translate_input(data_args, args)
+        return translate_input(model_args, data_args, args)
     if not args.do_train:
         return score_finished(model_args, data_args, args)
 

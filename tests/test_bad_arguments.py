@@ -73,6 +73,8 @@ def refused(monkeypatch, tmp_path, capsys, script, **option) -> str:
         ({"no_such_thing": 3}, "--no_such_thing 3: no such argument. See --help"),
         ({"lr_scheduler_kwargs": "{broken"}, "Expecting property name"),
         ({"auto_find_batch_size": True}, "--auto_find_batch_size: the steps"),
+        ({"ignore_data_skip": True}, "--ignore_data_skip: a run that is resumed goes on"),
+        ({"deepspeed": "x.json"}, "eepspeed"),
         ({"output_dir": "file"}, "file is a file. Give a directory"),
         ({"output_dir": "file/below"}, "file is a file. Give a directory"),
     ],
@@ -146,9 +148,12 @@ def test_of_one_script(monkeypatch, tmp_path, capsys, script, option, message):
         ({"learning_rate": 0, "lr_scheduler_type": "polynomial"}, "lr_end"),
         ({"lr_scheduler_type": "polynomial", "warmup_steps": 2}, "--warmup_steps 2 are all of the 2 steps"),
         ({"frobenius_decay_kinds": "ov", "attention": "qk"}, "ov: not a kind that is factorized"),
+        ({"eval_on_start": True, "train_file": "pairs.json"}, "--eval_on_start: there is nothing to evaluate on"),
     ],
 )
 def test_what_only_the_model_tells_is_told_before_training(monkeypatch, tmp_path, capsys, option, message):
+    lines = [json.dumps({"translation": {"de": f"Haus {i}.", "en": f"house {i}."}}) for i in range(40)]
+    (tmp_path / "pairs.json").write_text("\n".join(lines))
     assert message in refused(monkeypatch, tmp_path, capsys, TRANSLATION, **TINY | option)
 
 
@@ -196,8 +201,8 @@ def test_diverging_training_names_the_weights_and_the_step(monkeypatch, tmp_path
 def test_a_file_of_arguments_is_read_as_the_command_line_is(monkeypatch, tmp_path, capsys, script, suffix):
     monkeypatch.chdir(tmp_path)
     options = NEEDED[script] | {"learning_rate": 1e-4, "seed": -7, "output_dir": "out", "bf16_full_eval": False}
-    text = json.dumps(options) if suffix == ".json" else yaml.safe_dump(options)
-    (tmp_path / f"args{suffix}").write_text(text)
+    text = json.dumps(options | {"report_to": []}) if suffix == ".json" else yaml.safe_dump(options)
+    (tmp_path / f"args{suffix}").write_text(text, encoding="utf-8-sig")
 
     def answer(*words, **values):
         with pytest.raises(SystemExit) as exit:

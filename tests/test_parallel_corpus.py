@@ -100,6 +100,17 @@ def test_whole_characters_in_escapes_are_no_lone_surrogates():
     assert parse_json('"\\ud83d\\ude00 \\\\ud83d"') == "😀 \\ud83d"
 
 
+def test_a_compressed_table_of_the_user_is_not_the_shipped_one(tmp_path):
+    (tmp_path / "my.tsv.xz").write_bytes(lzma.compress(b"Haus\tmaison\n"))
+    with pytest.raises(InputError, match="my.tsv.xz, line 1: expected"):
+        list(corpora.split_text("train", "de", "fr", file=str(tmp_path / "my.tsv.xz")))
+
+
+def test_what_cannot_be_read_twice_is_not_called_missing():
+    with pytest.raises(InputError, match="/dev/null: not a regular file"):
+        corpora.split_text("train", "de", "en", file="/dev/null")
+
+
 def test_text_file_errors(tmp_path):
     for name, content in {
         "three": b"a\nb\nc\n",

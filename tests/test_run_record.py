@@ -21,7 +21,7 @@ from tests.test_rules import make_trainer
 from tests.test_trainer import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRANSLATION, TABLE = "run_translation.py", "run_classification.py"
+TRANSLATION, TABLE, MLM = "run_translation.py", "run_classification.py", "run_mlm.py"
 TINY = {
     "d_model": 16, "layers": 1, "heads": 2, "ffn_dim": 32, "vocab_size": 600, "max_length": 40, "max_tokens": 300,
     "max_train_samples": 200, "max_eval_samples": 2, "num_beams": 1, "disable_tqdm": True, "max_steps": 4,
@@ -154,26 +154,80 @@ def test_a_run_from_before_there_were_records_goes_on_with_a_warning(monkeypatch
 def test_other_versions_are_a_warning(monkeypatch, capsys, tmp_path, finished):
     out = shutil.copytree(finished, tmp_path / "out")
     known = json.loads((out / "run.json").read_text())
-    known["versions"] |= {"torch": "1.0", "processes": "2"}
+    known["versions"] |= {"torch": "1.0"}
     del known["arguments"]["seed"]  # of a version that did not know it
     (out / "run.json").write_text(json.dumps(known))
     run_script(monkeypatch, TRANSLATION, **TINY, output_dir=out)
     printed = capsys.readouterr().out
-    assert "was started with torch 1.0, now " in printed and "processes 2, now 1" in printed
+    assert "was started with torch 1.0, now " in printed
+
+    known["versions"]["processes"] = "2"  # whose step was of two batches
+    (out / "run.json").write_text(json.dumps(known))
+    assert "holds a run of 2 process(es), and these are 1" in refused(monkeypatch, capsys, out)
+
+
+def test_another_start_is_another_run(monkeypatch, capsys, tmp_path, finished):
+    """From scratch, from a checkpoint, with the tokenizer of another one: each is refused where another one was."""
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. It was a very old cat, and a very old mat.\n" * 30)
+    monkeypatch.chdir(tmp_path)
+    options = {"train_file": "text.txt", "max_seq_length": 16, "per_device_train_batch_size": 2, "disable_tqdm": True}
+    options |= {"max_steps": 1, "warmup_steps": 0}
+    base = {"model_name_or_path": tmp_path / "base"}
+    run_script(monkeypatch, MLM, **options, output_dir="base")
+    run_script(monkeypatch, MLM, **options, **base, output_dir="tuned")
+    run_script(monkeypatch, MLM, **options, **base, output_dir="tuned")  # the control: the same command
+    assert "training is finished" in capsys.readouterr().out
+    (tmp_path / "base" / "predictions.json").write_text("{}")  # scores do not make it another checkpoint
+    run_script(monkeypatch, MLM, **options, **base, output_dir="tuned")
+    capsys.readouterr()
+    shutil.copytree("base", "copy")
+    for out, start in (("tuned", {}), ("base", {"model_name_or_path": tmp_path / "copy"})):
+        error = refusal(monkeypatch, capsys, MLM, **options, **start, output_dir=out)
+        assert "another checkpoint to start from (fingerprint " in error and "none" in error
+    error = refusal(monkeypatch, capsys, MLM, **options, tokenizer_name=tmp_path / "copy", output_dir="base")
+    assert "another --tokenizer_name (fingerprint none" in error
+
+
+@pytest.mark.parametrize("places", [(2,), (2, 4)])
+def test_a_directory_may_move_with_its_best_checkpoint(monkeypatch, capsys, tmp_path, finished, places):
+    """The Trainer stores where the best one lay. The finished run is scored by that one and not by the last."""
+    out = shutil.copytree(finished, tmp_path / "moved")
+    options = TINY | {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    record = json.loads((out / "run.json").read_text())
+    record["arguments"] |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    (out / "run.json").write_text(json.dumps(record))
+    state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+    for step in places:
+        state["best_model_checkpoint"] = f"gone/out/checkpoint-{step}"
+        (out / "checkpoint-4" / "trainer_state.json").write_text(json.dumps(state))
+        run_script(monkeypatch, TRANSLATION, **options, output_dir=out)
+        assert same_weights(out, out / f"checkpoint-{step}")
+        assert not same_weights(out, out / f"checkpoint-{6 - step}")
 
 
 def test_starting_over_removes_the_run_and_nothing_else(monkeypatch, capsys, tmp_path, finished):
     out = shutil.copytree(finished, tmp_path / "out")
-    (out / "thesis.tex").write_text("mine")
+    own = ("thesis.tex", "my.model", "tokenizer_notes.json", "predictions.of.mine.md")
+    for name in own:
+        (out / name).write_text("mine")
+    for name in ("all_results.json", "test_translations.tsv", "notes.md"):  # of a further test set
+        (out / "test-news").mkdir(exist_ok=True)
+        (out / "test-news" / name).write_text("{}")
+    (out / "test_translations.tsv").write_text("old")
     (out / "checkpoint-best").mkdir()
     (out / "logs").mkdir()
     broken = {"seed": 1, "overwrite_output_dir": True, "train_file": tmp_path / "none.json"}
     assert "no such file" in refused(monkeypatch, capsys, out, **broken)  # and nothing is removed
     new = TINY | {"seed": 1, "max_steps": 3, "save_steps": 3}
+    corpus = tmp_path / "train.json"  # which has no test set: what is there of one is of the old run
+    corpus.write_text("\n".join(json.dumps({"translation": {"de": f"Haus {i}.", "en": f"{i}."}}) for i in range(60)))
+    new |= {"train_file": corpus}
     run_script(monkeypatch, TRANSLATION, **new, overwrite_output_dir=True, output_dir=out)
     assert "Found" not in capsys.readouterr().out
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-best"]
-    assert (out / "thesis.tex").read_text() == "mine" and (out / "logs").is_dir()
+    assert all((out / name).read_text() == "mine" for name in own) and (out / "logs").is_dir()
+    assert [path.name for path in (out / "test-news").iterdir()] == ["notes.md"]
+    assert not (out / "test_translations.tsv").exists()
     run_script(monkeypatch, TRANSLATION, **new, output_dir=tmp_path / "fresh")
     assert same_weights(out, tmp_path / "fresh")
     run_script(monkeypatch, TRANSLATION, **new, output_dir=out)
@@ -274,6 +328,9 @@ def test_all_processes_of_a_run_decide_alike(monkeypatch, tmp_path, finished):
     out = shutil.copytree(finished, tmp_path / "out")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).parents[1] / "scripts" / TRANSLATION
+    record = json.loads((out / "run.json").read_text())
+    record["versions"]["processes"] = "2"
+    (out / "run.json").write_text(json.dumps(record))
     for option, message in (({"seed": 7}, "holds a run with --seed 42, not 7"), ({}, "training is finished")):
         command = [*launcher, script, *flags(**TINY | {"use_cpu": True, "output_dir": out} | option)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=110)

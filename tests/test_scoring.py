@@ -1,7 +1,9 @@
 """Scoring translations: the search, BLEU and chrF in validation, finished runs, references, averaged checkpoints."""
 
+import copy
 import io
 import json
+import shutil
 import sys
 import weakref
 from itertools import count
@@ -20,6 +22,7 @@ from fnl_hf.tasks.translation import (
     new_marian,
     read_references,
     sacrebleu_scores,
+    store_search,
     train_tokenizer,
     translate,
     write_translations,
@@ -187,6 +190,51 @@ def test_a_second_reference_counts_and_may_be_missing():
     assert "nrefs:1" in first["bleu_signature"] and "nrefs:var" in both["bleu_signature"]
 
 
+def test_the_search_that_is_stored_can_be_saved(model, tmp_path, monkeypatch):
+    """A checkpoint has settings of several beams; a search without them is asked for."""
+    monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
+    stored = model.generation_config
+    beams = {"num_beams": 4, "length_penalty": 0.8, "early_stopping": True, "num_return_sequences": 3}
+    stored.update(**beams, min_new_tokens=2)
+    changed = copy.deepcopy(stored)
+    changed.num_beams, changed.num_return_sequences = 1, 1
+    with pytest.raises(ValueError, match="num_beams"):  # the control
+        changed.save_pretrained(tmp_path / "control")
+    store_search(model, DataArguments(num_beams=2, min_length=5))
+    assert (stored.length_penalty, stored.early_stopping, stored.num_return_sequences) == (0.8, True, 1)
+    assert (stored.min_length, stored.min_new_tokens) == (6, None)
+    store_search(model, DataArguments(num_beams=1))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).generation_config
+    assert again.num_beams == 1 and not again.early_stopping
+
+
+def test_new_tokens_of_a_checkpoint_do_not_pass_its_positions(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
+    model.generation_config.update(max_new_tokens=4000, min_new_tokens=3)
+    generate, tokens = model.generate, []
+
+    def noted(**options):
+        tokens.append(generate(**options))
+        return tokens[-1]
+
+    monkeypatch.setattr(model, "generate", noted)
+    translate(model, tokenizer, ["Ja."], num_beams=1, max_length=20, progress=False)
+    assert 3 < tokens[0].shape[1] <= 20
+
+
+def test_an_endless_word_is_cut_before_it_is_tokenized(model, tokenizer, monkeypatch):
+    call, given = type(tokenizer).__call__, []
+
+    def noted(self, texts, **options):
+        given.extend(texts)
+        return call(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", noted)
+    translate(model, tokenizer, ["ab" * 1_000_000], num_beams=1, max_length=20, progress=False)
+    assert [len(text) for text in given] == [32 * 20]
+
+
 def test_the_tokens_of_bleu_are_those_of_the_language():
     scores = [sacrebleu_scores(["我很高兴。"], [["我很高兴。"]], lang) for lang in ("zh", "zh_CN", "de")]
     assert ["tok:zh" in each["bleu_signature"] for each in scores] == [True, True, False]
@@ -217,6 +265,8 @@ def test_the_table_of_translations_has_one_row_a_sentence(tmp_path):
     assert (tmp_path / "x.tsv").read_text() == "source\treference\ttranslation\nJa. Gut.\tYes.\tYes, fine.\n"
     write_translations(tmp_path / "x.tsv", ["Ja."], [["Yes."], [None]], ["Y."])
     header, row = (tmp_path / "x.tsv").read_text().splitlines()
+    write_translations(tmp_path / "y.tsv", ["Ja.\r\nGut."], [["Yes.\u2028\nFine."]], ["Y."])  # JSON lines may
+    assert (tmp_path / "y.tsv").read_text().splitlines()[1:] == ["Ja. Gut.\tYes.  Fine.\tY."]
     assert header == "source\treference_1\treference_2\ttranslation" and row == "Ja.\tYes.\t\tY."
 
 
@@ -428,15 +478,47 @@ def test_a_finished_run_is_scored_without_training(monkeypatch, finished, pairs,
     # The rest of the command may be what it was, also where its corpus is gone
     again = options | {"train_file": "gone.json", "eval_strategy": "steps", "eval_steps": 1}
     run(monkeypatch, **again, **files, do_train=False, num_beams=1)
-    found = results(out / "test-news")
+    found = results(out / "test-news.2014")
     assert found["test_references"] == 2 and "nrefs:2" in found["test_bleu_signature"]
     assert found["test_samples"] == TINY["max_eval_samples"]
     assert not any(name.startswith("train") for name in found)
-    header = (out / "test-news" / "test_translations.tsv").read_text().splitlines()[0]
+    header = (out / "test-news.2014" / "test_translations.tsv").read_text().splitlines()[0]
     assert header == "source\treference_1\treference_2\ttranslation"
     after = contents(out)
     assert {path: after[path] for path in before} == before
-    assert all(path.parent.name in ("test-shipped", "test-news") for path in after.keys() - before.keys())
+    assert all(path.parent.name in ("test-shipped", "test-news.2014") for path in after.keys() - before.keys())
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"head_rank": 0.5}, "holds a run with --head_rank 1.0, not 0.5. Leave that out."),
+        ({"learning_rate": 1.0}, "holds a run with --learning_rate 1e-09, not 1.0"),
+        ({"source_lang": "en", "target_lang": "de"}, "_lang"),
+        ({"target_lang": "fr"}, "--target_lang fr: the model was trained with en. Leave it out"),
+        ({"model_name_or_path": "elsewhere"}, "--model_name_or_path elsewhere: nothing is trained"),
+    ],
+)
+@pytest.mark.parametrize("use", [{"do_train": False}, {"translate": "Ja."}])
+def test_a_finished_run_answers_for_no_other(monkeypatch, finished, capsys, tmp_path, use, option, message):
+    out, _ = finished
+    files = reference_files(tmp_path)
+    given = {"test_source": files["s"], "test_target": files["t"], "output_dir": out} | use | option
+    before = contents(out)
+    assert message in refusal(monkeypatch, capsys, "run_translation.py", **given)
+    assert contents(out) == before
+
+
+def test_a_finished_run_knows_its_languages(monkeypatch, finished, tmp_path, capsys):
+    out, _ = finished
+    run_dir = shutil.copytree(out, tmp_path / "out")
+    record = json.loads((run_dir / "run.json").read_text())
+    record["arguments"] |= {"source_lang": "fr", "target_lang": "ja"}
+    (run_dir / "run.json").write_text(json.dumps(record))
+    (tmp_path / "news.json").write_text('{"translation": {"fr": "Oui.", "ja": "Yes.", "de": "Ja.", "en": "No."}}')
+    monkeypatch.setitem(sys.modules, "MeCab", None)  # BLEU's tokens for Japanese, where they are not installed
+    given = {"do_train": False, "test_file": tmp_path / "news.json", "output_dir": run_dir}
+    assert "pip install sacrebleu[ja]" in refusal(monkeypatch, capsys, "run_translation.py", **given)
 
 
 def test_blank_lines_of_standard_input_are_translated_as_blank(monkeypatch, finished, capsys):

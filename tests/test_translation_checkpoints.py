@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 import fnl_hf
-from fnl_hf.tasks.running import InputError
+from fnl_hf.tasks.running import InputError, check_same_model
 from fnl_hf.tasks.translation import (
     TranslationCollator,
     prefix_of,
@@ -18,6 +18,7 @@ from fnl_hf.tasks.translation import (
     set_languages,
     target_ids,
     translate,
+    use_languages,
 )
 from fnl_hf.tasks.translation import corpus as corpora
 from fnl_hf.tasks.translation.languages import language_id, languages_of
@@ -183,6 +184,70 @@ def test_marian_is_told_its_target_language_before_the_source(checkpoint):
     assert not languages_of(tokenizer) and prefix_of(tokenizer, None, "de", "fr") == ">>fra<< "
     with pytest.raises(InputError, match="--target_lang sv: no language of .* It has eng, fra"):
         prefix_of(tokenizer, None, "de", "sv")
+
+
+@pytest.mark.parametrize(
+    ("name", "languages", "expected"),
+    [
+        ("multilingual_marian", ("de", "fra"), ">>fra<< "),
+        ("t5", ("de", "fr"), ""),
+        ("t5", ("de", "en"), "translate German to English: "),
+    ],
+)
+def test_a_prefix_that_was_stored_gives_way_to_that_of_other_languages(name, languages, expected, checkpoint):
+    """A checkpoint that was fine-tuned for one pair of languages is fine-tuned for another."""
+    model, tokenizer, prefix = prepared(checkpoint(name))
+    assert model.config.prefix == prefix == PREFIXES[name]
+    assert prefix_of(tokenizer, model.config, *languages) == expected
+    set_first_token(model, tokenizer, expected)
+    assert model.config.prefix == expected
+    model.config.prefix = "my own: "
+    assert prefix_of(tokenizer, model.config, *languages) == "my own: "
+
+
+def test_languages_of_a_finished_run(checkpoint):
+    """Those that are given, else those that it was fine-tuned for, and not the script's defaults."""
+    stored = {"source_lang": "fra_Latn", "target_lang": "spa_Latn"}
+    for given, expected in (
+        ({}, ("fra_Latn", "spa_Latn")),
+        ({"target_lang": "it"}, ("fra_Latn", "ita_Latn")),
+        ({"source_lang": "pt", "target_lang": "it"}, ("por_Latn", "ita_Latn")),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint("nllb"))
+        set_languages(tokenizer, *stored.values())
+        use_languages(tokenizer, {"source_lang": "de", "target_lang": "en"} | given, given, stored)
+        assert (tokenizer.src_lang, tokenizer.tgt_lang) == expected
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint("nllb"))
+    use_languages(tokenizer, {"source_lang": "de", "target_lang": "en"}, (), {})
+    assert (tokenizer.src_lang, tokenizer.tgt_lang) == ("deu_Latn", "eng_Latn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_same_command_goes_on_and_then_is_finished(name, checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    lines = [json.dumps({"translation": {"de": source, "en": target}}) for source, target in pairs[:40]]
+    (tmp_path / "pairs.json").write_text("\n".join(lines))
+    options = {"train_file": tmp_path / "pairs.json", "model_name_or_path": checkpoint(name), "max_length": 60}
+    options |= {"average_checkpoints": 1, "disable_tqdm": True, "head_rank": 0.5, "output_dir": tmp_path / "out"}
+    run_script(monkeypatch, "run_translation.py", **options, max_steps=1)
+    for stands in ("training resumes there", "training is finished"):
+        run_script(monkeypatch, "run_translation.py", **options, max_steps=2)
+        assert stands in capsys.readouterr().out
+
+
+def test_a_config_of_two_parts_is_compared_part_by_part(checkpoint, tmp_path):
+    """What saving writes into the configs of the parts is no difference; the rest is."""
+    config = AutoModelForSeq2SeqLM.from_pretrained(checkpoint("two_berts")).config
+    config.save_pretrained(tmp_path)
+    check_same_model(config, tmp_path)
+    changed = json.loads((tmp_path / "config.json").read_text())
+    changed["decoder"] |= {"architectures": ["BertLMHeadModel"], "dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    check_same_model(config, tmp_path)
+    changed["decoder"]["intermediate_size"] = 97
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match=r"another decoder.intermediate_size \(97, not 96\)"):
+        check_same_model(config, tmp_path)
 
 
 @pytest.mark.slow

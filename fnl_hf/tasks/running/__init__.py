@@ -27,6 +27,7 @@ from .job import Job
 from .learning import learn_tokens
 from .messages import say
 from .models import check_fit, load, load_trained, longest_input
+from .record import arguments_of, check_used
 from .results import resources_used, write_json, write_text
 from .store import (
     TokenStore,
@@ -49,6 +50,7 @@ __all__ = [
     "RunArguments",
     "TokenStore",
     "TokenWriter",
+    "arguments_of",
     "average_checkpoints_",
     "bounded_lines",
     "check_arguments",
@@ -58,6 +60,7 @@ __all__ = [
     "check_same_model",
     "check_steps",
     "check_unused",
+    "check_used",
     "complete_checkpoints",
     "fingerprint",
     "given_lines",

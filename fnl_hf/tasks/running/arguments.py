@@ -22,6 +22,7 @@ from .errors import InputError, one_line, one_line_errors
 _UNKEPT = {
     "resume_from_checkpoint": "a run resumes from the last checkpoint in its --output_dir. Copy the one you mean there",
     "auto_find_batch_size": "the steps of a run are counted for one batch size. Give the one that fits",
+    "ignore_data_skip": "a run that is resumed goes on where it stood. Leave it out",
     "save_only_model": "a run resumes from its checkpoints, which need the optimizer. Lower --save_total_limit instead",
 }
 
@@ -226,7 +227,7 @@ def parse(
     words = sys.argv[1:]
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         words = [*_words_of_file(words[0], {each.name: each for kind in types for each in fields(kind)}), *words[1:]]
-    with one_line_errors(ValueError, TypeError):
+    with one_line_errors(ValueError, TypeError, ImportError):
         *objects, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise InputError(f"{' '.join(unknown)}: no such argument. See --help.")
@@ -248,7 +249,7 @@ def parse(
 def _words_of_file(path: str, known: Mapping[str, Any]) -> list[str]:
     """A file of arguments as words of the command line."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not a JSON or YAML file of arguments ({one_line(error)}).") from error
@@ -260,7 +261,9 @@ def _words_of_file(path: str, known: Mapping[str, Any]) -> list[str]:
             raise InputError(f"{path}: no such argument {str(name)!r}. See --help.")
         if value is None and known[name].default is not None:
             raise InputError(f"{path}: {name} has no value. Give one, or leave it out.")
-        if isinstance(value, list):
+        if name == "report_to" and value == []:
+            words.append("--report_to=none")  # as a list has it
+        elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is not None:
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -135,18 +136,27 @@ def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool 
             f"{checkpoint} is of a {kinds[0]} model, and this one is {kinds[1]}. Give the arguments that it was "
             "trained with, or another --output_dir."
         )
-    # set by the Trainer
+    for name, known, value in _differences(stored, given):
+        values = f" ({known}, not {value})" if isinstance(value, (int, float, str)) else ""
+        raise InputError(
+            f"{checkpoint} is of a model with another {name}{values}. Give the arguments that it was trained with, "
+            "or another --output_dir."
+        )
+
+
+def _differences(stored: dict, given: dict) -> Iterator[tuple[str, Any, Any]]:
+    """Name and both values of what differs in two configs, but for what saving and the Trainer set; in the configs
+    of a model's parts, such as its encoder's, too."""
     unrelated = {"architectures", "dtype", "transformers_version", "_name_or_path", "use_cache"}
     unrelated |= {"bos_token_id", "eos_token_id"}
     if given.get("pad_token_id") is None:
         unrelated.add("pad_token_id")
     for name in sorted((given.keys() & stored.keys()) - unrelated):
-        if given[name] != stored[name]:
-            values = f" ({stored[name]}, not {given[name]})" if isinstance(given[name], (int, float, str)) else ""
-            raise InputError(
-                f"{checkpoint} is of a model with another {name}{values}. Give the arguments that it was trained with, "
-                "or another --output_dir."
-            )
+        pair = stored[name], given[name]
+        if all(isinstance(each, dict) and "model_type" in each for each in pair):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in _differences(*pair))
+        elif pair[0] != pair[1]:
+            yield name, *pair
 
 
 def _as_written_today(config: dict) -> dict:

@@ -134,6 +134,7 @@ class Job:
             say(f"warning: {folder} was made before runs were recorded. Whether this is its command is not known.")
         else:
             record.check_arguments_recorded(folder, known, self._arguments, self._may_change)
+            record.check_processes_recorded(folder, known, self.args.world_size)
             if changes := record.version_changes(known, record.versions(self.args.world_size)):
                 say(f"warning: {folder} was started with {'; '.join(changes)}. Its end may differ a little.")
         return checkpoint, known
@@ -172,12 +173,15 @@ class Job:
 
     def _checked_inputs(self, corpus: Iterable[str | Path]) -> dict[str, str]:
         given = {"training corpus": record.fingerprint_of_files(corpus)}
-        path = self.model_args.model_name_or_path
-        gone = (
-            self._record and not Path(path or "").exists() and self._record["arguments"]["model_name_or_path"] == path
-        )
-        if path and not gone:
-            given["checkpoint to start from"] = record.fingerprint_of_checkpoint(path)
+        for name, what in (
+            ("model_name_or_path", "checkpoint to start from"),
+            ("tokenizer_name", "--tokenizer_name"),
+        ):
+            path = getattr(self.model_args, name, None)
+            known = self._record["arguments"].get(name) if self._record else None
+            if path and path == known and (what not in self._inputs or not Path(path).exists()):
+                continue  # it is gone since, or an earlier version kept no fingerprint of it
+            given[what] = record.fingerprint_of_checkpoint(path) if path else record.NONE
         if self._record is not None:
             record.check_inputs_recorded(self.output_dir, self._record, given)
         return given
@@ -187,8 +191,10 @@ class Job:
         if not self.finished:
             return None
         state = json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        best = self.args.load_best_model_at_end and state.get("best_model_checkpoint")
-        return load(self.auto_class, best or self.checkpoint)
+        path = self.checkpoint
+        if self.args.load_best_model_at_end and (best := state.get("best_model_checkpoint")):
+            path = self.output_dir / Path(best).name  # it is stored with the place that the directory once had
+        return load(self.auto_class, path)
 
     def pretrained_or_new(
         self, new: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, length: int, flags: str, **options
@@ -244,7 +250,9 @@ class Job:
             if self._record is not None:
                 record.check_inputs_recorded(self.output_dir, self._record, given)
             self._inputs |= given
-        with one_line_errors(ValueError):
+        if self.args.eval_on_start and self.trains and options.get("eval_dataset") is None:
+            raise InputError("--eval_on_start: there is nothing to evaluate on. Give validation data, or leave it out.")
+        with one_line_errors(ValueError, ImportError):
             self.trainer = trainer_class(args=self.args, fnl_config=self._later, **options)
         if self.trains and not self.finished:
             with one_line_errors(ValueError, TypeError, ImportError, ZeroDivisionError):

@@ -21,15 +21,25 @@ from .errors import InputError
 from .results import write_json
 
 NAME = "run.json"
+NONE = "none"  # the fingerprint of what a run does without
 _REMEDY = "Give another --output_dir, or --overwrite_output_dir to start over."
 _BLOCK, _BLOCKS = 1 << 16, 32  # bytes of a file's sample, and samples of a file
 _PACKAGES = ("fnl-hf", "torch", "transformers")
+_PROCESSES = "processes"
 
+# What a script writes of its translations, answers and scores
+_SCORES = (
+    *(f"{split}_results.json" for split in ("all", "train", "eval", "test", "run")), "generated_predictions.txt",
+    "test_translations.tsv", "predictions.json", "nbest_predictions.json", "null_odds.json", "predictions.tsv",
+    "test_predictions.tsv",
+)  # fmt: skip
 # What a run and its Trainer write into the output directory, and what a new start removes of it
 RESULTS = (
-    NAME, "*_results.json", "trainer_state.json", "training_args.bin", "config.json", "generation_config.json",
-    "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "*.spm", "*.model", "*predictions.*", "null_odds.json",
+    NAME, *_SCORES, "trainer_state.json", "training_args.bin", "config.json", "generation_config.json",
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json",
+    "vocab.txt", "vocab-src.json", "vocab-tgt.json", "merges.txt", "source.spm", "target.spm", "spiece.model",
+    "spm.model", "sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model",
 )  # fmt: skip
 
 # Of the arguments of the Trainer: how long, on what, and what is looked at, but not what is learned. A checkpoint
@@ -72,7 +82,7 @@ def versions(processes: int) -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # a source tree that is not installed
             found[package] = "unknown"
-    return found | {"processes": str(processes)}
+    return found | {_PROCESSES: str(processes)}
 
 
 def read_record(output_dir: Path) -> dict[str, dict] | None:
@@ -93,7 +103,9 @@ def write_record(output_dir: Path, arguments: dict, inputs: dict, versions: dict
     write_json(output_dir / NAME, {"arguments": arguments, "inputs": inputs, "versions": versions})
 
 
-def check_arguments_recorded(output_dir: Path, record: dict, given: dict, may_change: Iterable[str]) -> None:
+def check_arguments_recorded(
+    output_dir: Path, record: dict, given: dict, may_change: Iterable[str], remedy: str = _REMEDY
+) -> None:
     """Raises `InputError` where a call has other arguments than the run in its directory.
 
     Arguments that only one of the two versions knows are passed over.
@@ -105,23 +117,55 @@ def check_arguments_recorded(output_dir: Path, record: dict, given: dict, may_ch
         if name in stored and name not in may_change and stored[name] != given[name]
     ]
     if others:
-        raise InputError(f"--output_dir {output_dir} holds a run with {'; '.join(others[:5])}. {_REMEDY}")
+        raise InputError(f"--output_dir {output_dir} holds a run with {'; '.join(others[:5])}. {remedy}")
+
+
+def check_used(output_dir: Path, given: Mapping[str, Any], may_change: Iterable[str]) -> dict[str, Any]:
+    """Raises `InputError` where a call that only uses a finished run is given arguments that are not the run's.
+
+    Args:
+        given: the arguments that the user gave, and no defaults.
+
+    Returns:
+        the run's arguments; none if it has no record.
+    """
+    record = read_record(output_dir) or {"arguments": {}, "inputs": {}}
+    if (path := given.get("model_name_or_path")) is not None:
+        own = path == record["arguments"].get("model_name_or_path") or Path(path).resolve() == output_dir.resolve()
+        if not own and fingerprint_of_checkpoint(path) != record["inputs"].get("checkpoint to start from"):
+            raise InputError(
+                f"--model_name_or_path {path}: nothing is trained, and it is --output_dir that is used. Give {path} as "
+                "--output_dir, or leave it out."
+            )
+    check_arguments_recorded(output_dir, record, dict(given), {*MAY_CHANGE, *may_change}, "Leave that out.")
+    return record["arguments"]
 
 
 def check_inputs_recorded(output_dir: Path, record: dict, given: Mapping[str, str]) -> None:
     """Raises `InputError` where a call has another corpus, checkpoint or tokenizer than the run in its directory."""
     for name, digest in given.items():
-        if record["inputs"].get(name, digest) != digest:
+        if (known := record["inputs"].get(name, NONE)) != digest:
             raise InputError(
-                f"--output_dir {output_dir} holds a run with another {name} (fingerprint {record['inputs'][name]}, "
-                f"not {digest}). {_REMEDY}"
+                f"--output_dir {output_dir} holds a run with another {name} (fingerprint {known}, not {digest}). "
+                f"{_REMEDY}"
             )
 
 
+def check_processes_recorded(output_dir: Path, record: dict, processes: int) -> None:
+    """Raises `InputError` for another number of processes than that of a run: each of them has batches of its own."""
+    known = record["versions"].get(_PROCESSES, str(processes))
+    if known != str(processes):
+        raise InputError(
+            f"--output_dir {output_dir} holds a run of {known} process(es), and these are {processes}: a step would be "
+            f"another one. Start {known}, or give another --output_dir."
+        )
+
+
 def version_changes(record: dict, now: Mapping[str, str]) -> list[str]:
-    """What differs in the versions of a run and of this call, such as "torch 2.9, now 2.10"."""
+    """What differs in the packages of a run and of this call, such as "torch 2.9, now 2.10"."""
     stored = record["versions"]
-    return [f"{name} {stored[name]}, now {now[name]}" for name in now if stored.get(name, now[name]) != now[name]]
+    differ = [name for name in now if name != _PROCESSES and stored.get(name, now[name]) != now[name]]
+    return [f"{name} {stored[name]}, now {now[name]}" for name in differ]
 
 
 def fingerprint_of_files(paths: Iterable[str | Path]) -> str:
@@ -143,12 +187,15 @@ def fingerprint_of_files(paths: Iterable[str | Path]) -> str:
 
 
 def fingerprint_of_checkpoint(path: str) -> str:
-    """Of the weights, the config and the tokenizer in a checkpoint's directory; of the name, if it is on the hub."""
+    """Of the weights, the config and the tokenizer in a checkpoint's directory; of the name, if it is on the hub.
+
+    The scores of a run there do not count: to score it once more does not make it another checkpoint.
+    """
     folder = Path(path)
     files = sorted(each for each in folder.glob("*") if each.is_file()) if folder.is_dir() else []
     kept = [each for each in files if not each.name.startswith((".", "training_args", "trainer_state"))]
     kept = [each for each in kept if each.suffix in (".safetensors", ".bin", ".json", ".txt", ".model", ".spm")]
-    kept = [each for each in kept if each.name != NAME and not fnmatch(each.name, "*_results.json")]
+    kept = [each for each in kept if each.name not in (NAME, *_SCORES)]
     return fingerprint_of_files(kept) if kept else hashlib.sha256(path.encode()).hexdigest()[:12]
 
 
@@ -169,9 +216,11 @@ def remove_run(output_dir: Path) -> None:
     for path in output_dir.glob("checkpoint-*"):
         if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
             shutil.rmtree(path)
-    for path in output_dir.glob("*"):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in RESULTS):
-            path.unlink()
+    for folder in (output_dir, *filter(Path.is_dir, output_dir.glob("test-*"))):  # further test sets are scored there
+        names = RESULTS if folder == output_dir else _SCORES
+        for path in folder.iterdir():
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in names):
+                path.unlink()
 
 
 def _shown(value: Any) -> str:

@@ -24,6 +24,8 @@ def open_text(path: str | Path) -> TextIO:
 def _open(path: Path, mode: str, **options) -> IO:
     if path.is_dir():
         raise InputError(f"{path}: a folder, where a file is expected. Give a file in it.")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file, and it is read more than once. Save its content in a file.")
     if not path.is_file():
         raise InputError(f"{path}: no such file. Check the path (it is relative to {Path.cwd()}).")
     try:

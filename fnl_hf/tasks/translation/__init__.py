@@ -13,7 +13,7 @@ from .collating import TranslationCollator
 from .corpus import Pair, ParallelText, read_corpus, read_pairs, split_text
 from .encoding import PairStore, encode, prepare_pairs, prepare_vocabulary, tokenize_pairs
 from .generation import store_search, translate
-from .languages import languages_of, prefix_of, set_first_token, set_languages, target_ids
+from .languages import languages_of, prefix_of, set_first_token, set_languages, target_ids, use_languages
 from .model import new_marian, own_dropout
 from .scoring import (
     References,
@@ -65,5 +65,6 @@ __all__ = [
     "train_tokenizer",
     "training_files",
     "translate",
+    "use_languages",
     "write_translations",
 ]

@@ -197,7 +197,8 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, Tr
             setattr(args, name, _FINE_TUNING[name])
         warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} of the steps"
         dropout = "its own dropout" if model_args.dropout is None else f"dropout {model_args.dropout:g}"
-        say(f"Fine-tuning with learning rate {args.learning_rate:g}, warmup over {warmup}, {dropout}.")
+        if args.do_train and not data_args.translate:
+            say(f"Fine-tuning with learning rate {args.learning_rate:g}, warmup over {warmup}, {dropout}.")
         sizes = ("vocab_size", "d_model", "layers", "heads", "ffn_dim")
         check_unused(model_args.given, sizes, "the checkpoint has its own. Leave it out")
     if args.save_total_limit and args.average_checkpoints > args.save_total_limit:

@@ -19,6 +19,7 @@ Pair = tuple[str, str]
 
 SHIPPED_LANGUAGES = ("de", "en")  # columns of the shipped files
 SPLITS = ("train", "validation", "test")
+_DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ParallelText:
     """The pairs of one split. They are read anew each time that they are iterated over, one at a time.
 
     Attributes:
-        files: one of JSON lines, or one that ships (.tsv.xz), or the two text files of source and target.
+        files: one of JSON lines, or one that ships, or the two text files of source and target.
         languages: of source and target; the keys in JSON lines.
     """
 
@@ -36,7 +37,7 @@ class ParallelText:
     def __iter__(self) -> Iterator[Pair]:
         if len(self.files) == 2:
             return _text_pairs(*self.files)
-        if self.files[0].suffixes[-2:] == [".tsv", ".xz"]:
+        if self.files[0].parent == _DATA:
             return _shipped_pairs(self.files[0], self.languages)
         return _json_pairs(self.files[0], *self.languages)
 
@@ -59,8 +60,7 @@ def shipped_text(split: str, source_lang: str = "de", target_lang: str = "en") -
             f"the shipped corpus has the languages {' and '.join(SHIPPED_LANGUAGES)}, not {source_lang} and "
             f"{target_lang}. Give your own --train_file, or --train_source and --train_target."
         )
-    packed = Path(__file__).parent / "data" / f"tatoeba-de-en.{split}.tsv.xz"
-    return ParallelText((packed,), (source_lang, target_lang))
+    return ParallelText((_DATA / f"tatoeba-de-en.{split}.tsv.xz",), (source_lang, target_lang))
 
 
 def split_text(

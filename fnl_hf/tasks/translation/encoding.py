@@ -32,7 +32,7 @@ from .tokenizer import train_tokenizer
 Ids = list[list[int]]
 
 _BATCH = 1000  # pairs that are tokenized at once
-_CHARACTERS = 32  # of a token, at most, in a sentence: what is longer is too long without being tokenized
+CHARACTERS = 32  # of a token, at most, in a sentence: what is longer is too long without being tokenized
 _WORKERS = 8  # processes at most, for tokenizers that are not parallel themselves
 _EMPTY, _LONG = "empty", "long"  # why a training pair is skipped
 
@@ -62,7 +62,7 @@ def encode(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, data_args: Dat
     How many targets are cut is said: the loss is then of their beginnings.
     """
     most, prefix = data_args.max_length, data_args.source_prefix
-    sides = list(zip(*([text[: _CHARACTERS * most] for text in pair] for pair in pairs), strict=True))
+    sides = list(zip(*([text[: CHARACTERS * most] for text in pair] for pair in pairs), strict=True))
     sources, targets = tokenize_pairs(tokenizer, *sides, prefix)
     if cut := sum(len(ids) > most for ids in targets):
         say(f"{cut:,} of {len(pairs):,} validation targets are cut to {most} tokens: the loss is that of what is left.")
@@ -183,7 +183,7 @@ def write_pairs(
     counts = Counter({"read": 0, "kept": 0, _EMPTY: 0, _LONG: 0})
     tokenized = DataLoader(  # a batch of text is the index that a worker is given
         _Tokenizing(tokenizer, prefix, max_length),
-        sampler=_batches(pairs, _CHARACTERS * max_length),
+        sampler=_batches(pairs, CHARACTERS * max_length),
         batch_size=None,
         num_workers=0 if tokenizer.is_fast else min(_WORKERS, os.cpu_count() or 1),
         collate_fn=list,

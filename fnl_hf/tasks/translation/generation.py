@@ -6,8 +6,9 @@ from torch import distributed
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..running import longest_input
+from ..running import longest_input, one_line_errors
 from .arguments import DataArguments
+from .encoding import CHARACTERS
 
 
 def translate(
@@ -44,14 +45,22 @@ def translate(
         options["min_length"] = min_length + 1  # with the token that decoding starts from
     options = {name: value for name, value in options.items() if value is not None}
     shortest = options.get("min_length", own.min_length) or 0
+    if own.min_new_tokens is not None:  # it comes before min_length
+        options["min_new_tokens"] = own.min_new_tokens if min_length is None else min_length
+        shortest = options["min_new_tokens"] + 1
     beams = num_beams or own.num_beams or 1
     max_length = min(max_length, longest_input(model.config) or max_length)
 
     filled = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-    texts = [prefix + sentences[i] for i in filled]
+    # What exceeds max_length is cut before it is tokenized, too: tokenizers in Python take hours for an endless word
+    texts = [prefix + sentences[i][: CHARACTERS * max_length] for i in filled]
     ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     inputs = dict(zip(filled, ids, strict=True))
     rank, processes = _place()
+
+    def most(limit: int) -> dict[str, int]:  # max_new_tokens of a checkpoint would come before max_length
+        return {"max_length": limit} if own.max_new_tokens is None else {"max_new_tokens": limit - 1}
+
     batches = list(_batches({i: len(ids) for i, ids in inputs.items()}, max_tokens // beams))[rank::processes]
     translations = {}
     hidden = not progress or rank > 0
@@ -61,7 +70,7 @@ def translate(
             longest = batch["input_ids"].shape[1]
             limit = min(max_length, max(2 * longest + 10, shortest + 1))
             # Only the first of what a checkpoint may return for a sentence
-            outputs = model.generate(**batch, **options, max_length=limit, num_return_sequences=1)
+            outputs = model.generate(**batch, **options, **most(limit), num_return_sequences=1)
             for i, text in zip(chosen, tokenizer.batch_decode(outputs, skip_special_tokens=True), strict=True):
                 translations[i] = " ".join(text.splitlines()).strip()
             bar.update(len(chosen))
@@ -71,14 +80,26 @@ def translate(
 
 
 def store_search(model: PreTrainedModel, data_args: DataArguments) -> None:
-    """Make the search that was asked for the model's own, which is saved with it; the rest stays the checkpoint's."""
+    """Make the search that was asked for the model's own, which is saved with it; the rest stays the checkpoint's, but
+    for what has no meaning beside it.
+
+    Raises:
+        InputError: it cannot be saved.
+    """
     own = model.generation_config
     if data_args.num_beams is not None:
         own.num_beams = data_args.num_beams
+        if (own.num_return_sequences or 1) > own.num_beams:
+            own.num_return_sequences = 1
+        if own.num_beams == 1:  # these are of several beams
+            own.length_penalty = own.early_stopping = None
     if data_args.min_length is not None:
         own.min_length = data_args.min_length + 1  # with the token that decoding starts from
+        own.min_new_tokens = None  # it would come before
     if data_args.length_penalty is not None and (own.num_beams or 1) > 1:  # else it cannot be saved
         own.length_penalty = data_args.length_penalty
+    with one_line_errors(ValueError):
+        own.validate()
 
 
 def _batches(lengths: dict[int, int], max_tokens: int) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ what stands before the source.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from transformers import FSMTTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,6 +53,33 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, source: str, target: str) 
         tokenizer.init_kwargs[side] = code  # what is saved
 
 
+def use_languages(
+    tokenizer: PreTrainedTokenizerBase, languages: Mapping[str, str], given: Collection[str], trained: Mapping[str, str]
+) -> None:
+    """Tell the tokenizer of a finished run the languages to translate between: those given, else those stored.
+
+    Args:
+        languages: ``source_lang`` and ``target_lang``.
+        given: which of these two the user gave.
+        trained: the two that the run was trained with; empty if that is not known.
+
+    Raises:
+        InputError: the model has no choice of languages, and they are not the ones that it was trained with.
+    """
+    several = languages_of(tokenizer) or getattr(tokenizer, "supported_language_codes", None)
+    for name in given if trained and not several else ():
+        if _matching(languages[name], [trained[name]]) is None:
+            raise InputError(
+                f"--{name} {languages[name]}: the model was trained with {trained[name]}. Leave it out, or "
+                "give another --output_dir."
+            )
+    if languages_of(tokenizer) and tokenizer.tgt_lang is not None:  # else nobody has fine-tuned it
+        stored = {"source_lang": tokenizer.src_lang, "target_lang": tokenizer.tgt_lang}
+        languages = stored | {name: languages[name] for name in given}
+    if given or languages_of(tokenizer):
+        set_languages(tokenizer, languages["source_lang"], languages["target_lang"])
+
+
 def languages_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The codes among which ``src_lang`` and ``tgt_lang`` of a tokenizer choose; none where there is no choice."""
     if not hasattr(type(tokenizer), "src_lang"):
@@ -65,17 +92,22 @@ def languages_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def prefix_of(tokenizer: PreTrainedTokenizerBase, config, source: str, target: str) -> str:
     """What a checkpoint wants before every source sentence, where it says so: its target language, or T5's request.
 
+    What a run stored counts first, unless it is what the checkpoint itself has for some languages: it may now be
+    trained for other ones.
+
     Raises:
         InputError: it translates into several languages, and not into this one.
     """
-    if stored := getattr(config, "prefix", None):
+    stored = getattr(config, "prefix", None)
+    codes = getattr(tokenizer, "supported_language_codes", None) or ()  # Marian: >>deu<<
+    tasks = getattr(config, "task_specific_params", None) or {}
+    own = {f"{code} " for code in codes} | {task.get("prefix") for task in tasks.values() if isinstance(task, dict)}
+    if stored and stored not in own:
         return stored
-    if codes := getattr(tokenizer, "supported_language_codes", None):  # Marian: >>deu<<
+    if codes:
         plain = {code.strip("<>"): code for code in codes}
         return plain[_known(target, plain, "--target_lang", tokenizer)] + " "
-    pair = [next((two for two in _aliases(lang) if len(two) == 2), lang) for lang in (source, target)]
-    task = (getattr(config, "task_specific_params", None) or {}).get(f"translation_{pair[0]}_to_{pair[1]}", {})
-    return task.get("prefix", "")
+    return tasks.get(f"translation_{two_letters(source)}_to_{two_letters(target)}", {}).get("prefix", "")
 
 
 def set_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefix: str = "") -> None:
@@ -84,7 +116,7 @@ def set_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     Saved with the model (generation_config.json, and ``prefix`` in config.json), so that other programs need no more.
     """
     config, generation = model.config, model.generation_config
-    if prefix:
+    if prefix or getattr(config, "prefix", None):
         config.prefix = prefix
     for name, token in (
         ("pad_token_id", tokenizer.pad_token_id),
@@ -103,6 +135,11 @@ def set_first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     elif target[-1] == language:
         generation.decoder_start_token_id = config.decoder_start_token_id = language
         generation.forced_bos_token_id = None
+
+
+def two_letters(code: str) -> str:
+    """The two-letter code of a language, from any of its codes; its first part where there is none."""
+    return next((two for two in sorted(_aliases(code)) if len(two) == 2), re.split("[_-]", code.lower())[0])
 
 
 def language_id(tokenizer: PreTrainedTokenizerBase, code: str) -> int:

@@ -1,7 +1,6 @@
 """Scoring translations: BLEU and chrF with their signatures, several references, metrics of `evaluate`."""
 
 import numbers
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import sacrebleu
 from ..running import InputError, one_line, one_line_errors, read_lines, write_text
 from .arguments import DataArguments
 from .corpus import Pair
+from .languages import two_letters
 
 References = list[list[str | None]]  # a list for each reference, a sentence of which may lack it
 
@@ -41,7 +41,7 @@ def read_references(data_args: DataArguments, pairs: list[Pair]) -> References:
 def bleu_for(target_lang: str) -> sacrebleu.BLEU:
     """BLEU with sacreBLEU's tokens for a language. Raises `InputError` where these need a package that is missing."""
     with one_line_errors(RuntimeError):
-        return sacrebleu.BLEU(trg_lang=re.split("[-_]", target_lang)[0])
+        return sacrebleu.BLEU(trg_lang=two_letters(target_lang))
 
 
 def sacrebleu_scores(
@@ -56,11 +56,14 @@ def sacrebleu_scores(
 
 
 def write_translations(path: Path, sources: Sequence[str], references: References, translations: Sequence[str]) -> None:
-    """Write a table of tab-separated values with a header: source, reference(s), translation; tabs become blanks."""
+    """Write a table of tab-separated values with a header: source, reference(s), translation.
+
+    Tabs and line breaks within a text, as JSON lines may have them, become blanks.
+    """
     several = len(references) > 1
     names = [f"reference_{i + 1}" for i in range(len(references))] if several else ["reference"]
     rows = [("source", *names, "translation"), *zip(sources, *references, translations, strict=True)]
-    cells = ((" ".join((cell or "").split("\t")) for cell in row) for row in rows)
+    cells = ((" ".join((cell or "").replace("\t", " ").splitlines()) for cell in row) for row in rows)
     write_text(path, "".join("\t".join(row) + "\n" for row in cells))
 
 
