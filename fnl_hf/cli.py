@@ -15,13 +15,13 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from .attachment import attached
 from .config import ALLOCATIONS, ATTENTION_KINDS, FORMS, INITIALIZATIONS, WILDCARDS, FNLConfig
 from .factorization import FactorLeaf
 from .loading import written_whole
 from .measure import spectra
 from .overview import Summary, summary
 from .patching import factorize, to_dense
-from .plan import attached
 
 EXAMPLES = """examples:
   fnl-hf factorize my-bert my-bert-half --head_rank 0.5
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument(
         "--rank", type=_layer_rank, default=1.0, metavar="RANK",
-        help="rank of layers: 0.25 is a quarter, 64 the rank itself, energy=0.9 the least that keeps this share of energy",
+        help="rank of layers: 0.25 is a quarter, 64 the rank itself, energy=0.9 the least that keeps so much of the energy",
     )  # fmt: skip
     command.add_argument(
         "--target_ratio", type=float, metavar="RATIO",

@@ -49,8 +49,8 @@ class FNLConfig(QuantizationConfigMixin):
             an int is the rank itself. `{"energy": 0.9}`: the least that keeps this share of the squared singular
             values. A rank that is given is taken as given; one by energy leaves a layer dense where it saves nothing.
         rank_pattern: Ranks that replace `head_rank` and `rank`, as a dict or as (regular expression, rank) pairs: the
-            first one that matches counts. It matches the printed name of a product ("encoder.layer.0.attention.self.qk")
-            or a layer, or that of its attention module, from the start or from one of the dots on, and to the end.
+            first that matches counts. It matches the printed name of a product ("encoder.layer.0.attention.self.qk") or
+            a layer, or that of its attention module, from the start or from one of the dots on, and to the end.
         target_ratio: In place of `rank` and `head_rank`: parameters of the whole model after / before, in (0, 1). All
             that is selected shares the budget, heads included; with `target_modules=None` that is "all". A layer that
             would save nothing stays dense.
@@ -160,7 +160,7 @@ class FNLConfig(QuantizationConfigMixin):
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
     def rank_of(self, name: str, rows: int, columns: int) -> int:
-        """The rank asked for in a layer of this name, of a (rows, columns) matrix; the full one where energy decides."""
+        """The rank asked for in a layer of this name with a (rows, columns) matrix; the full one where energy decides."""
         ranks = (rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, [name]))
         rank, full = next(ranks, 1.0 if self.target_ratio is not None else self.rank), min(rows, columns)
         if isinstance(rank, dict):

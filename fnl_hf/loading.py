@@ -24,10 +24,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers import HfQuantizer, auto, register_quantization_config, register_quantizer
 
+from .attachment import attached
 from .config import FNLConfig
 from .messages import say
 from .patching import factorize, install
-from .plan import RESTORE, Plan, Renaming, attached
+from .plan import RESTORE, Plan, Renaming
 from .saving import configs, forget_plans, save_under_own_names
 
 register_quantization_config("fnl")(FNLConfig)

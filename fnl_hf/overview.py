@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from .attachment import attached
 from .config import FNLConfig
 from .factorization import FactorLeaf, factorizations, parameter_counts
 from .messages import aligned
-from .plan import FAMILIES, Plan, attached, headline
+from .plan import FAMILIES, Plan, headline
 from .planning import plan
 
 

@@ -6,13 +6,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from .attachment import attach, detach
 from .calibration import moments
 from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
 from .config import CALIBRATED, FNLConfig
 from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
 from .initialization import initial_factors, keeps_the_product
 from .messages import say
-from .plan import Plan, attach, detach, headline
+from .plan import Plan, headline
 from .planning import nothing_found, plan_with_evidence
 from .proof import Evidence, Verification, declared_at, holders, prove
 from .replay import distance, new_basis

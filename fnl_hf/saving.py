@@ -17,9 +17,10 @@ from dataclasses import replace
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .attachment import attached, plain
 from .config import FNLConfig
 from .factorization import Declares, FactorLeaf, when_declared
-from .plan import Plan, attached, plain
+from .plan import Plan
 
 # -- the plan in the config --------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"replay", "examples", "sharding"},
     {"proof"},
     {"plan"},
-    {"initialization", "calibration", "saving", "selection", "heads", "layers", "ties"},
+    {"initialization", "calibration", "attachment", "saving", "selection", "heads", "layers", "ties"},
     {"budget", "planning", "patching", "checking", "optimizer_state", "optim", "decay", "measure", "divergence"},
     {"loading", "rules"},
     {"training_arguments", "warm_start", "loss", "trainer", "overview", "cli"},

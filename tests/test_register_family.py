@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.algebra import chain
+from fnl_hf.attachment import attached
 from fnl_hf.factorization import View, swap
 from fnl_hf.optimizer_state import Before, carry_state
-from fnl_hf.plan import FAMILIES, Plan, attached
+from fnl_hf.plan import FAMILIES, Plan
 from fnl_hf.planning import plan
 from tests.families import BERT, TEXT, build, output
 from tests.formats import make_format_1

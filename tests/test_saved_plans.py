@@ -22,7 +22,8 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import fnl_hf
-from fnl_hf.plan import Plan, attached, plain
+from fnl_hf.attachment import attached, plain
+from fnl_hf.plan import Plan
 from fnl_hf.saving import configs
 from tests.families import BART, BERT, FAMILIES, TEXT, VISION, build, output
 

@@ -111,7 +111,7 @@ class FactorizationArguments:
     rank: str = field(
         default="1.0",
         metadata={
-            "help": "Rank of layers: a fraction (0.25; above 1 is overcomplete), a whole number (64), or energy=0.9, the "
+            "help": "Rank of layers: a fraction (0.25; above 1: overcomplete), a whole number (64), or energy=0.9: the "
             "least that keeps this share of the squared singular values."
         },
     )
@@ -348,6 +348,6 @@ def check_factorization(model_args: FactorizationArguments, args: FNLTrainingArg
     kinds = [*(k for k in model_args.attention if k != "none"), *(("linear", "embedding", "conv") if layers else ())]
     if unknown := set(args.frobenius_decay_kinds or ()) - set(kinds):
         raise InputError(
-            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of {', '.join(kinds)}, or "
-            "change --attention or --target_modules."
+            f"--frobenius_decay_kinds {min(unknown)}: not a kind that is factorized. Give any of "
+            f"{', '.join(kinds)}, or change --attention or --target_modules."
         )
