@@ -92,15 +92,28 @@ def largest_below(budget: float, size: Callable[[float], float], low: float, hig
     return low
 
 
+def reference_rank(kind: str, rows: int, columns: int, scale: float) -> int:
+    """The rank that the released code of Khodak et al. gives a (rows, columns) matrix.
+
+    Of a convolution a share of out·kh, which may exceed the matrix's own; of a linear layer possibly 0. ``rank`` of an
+    `FNLConfig` is a share of min(rows, columns) in both cases.
+    """
+    return max(int(round(scale * rows)), 1) if kind == "conv" else int(round(scale * min(rows, columns)))
+
+
 def nearest_scale(target: float, ratio: Callable[[float], float], tolerance: float = 1e-6) -> tuple[float, float]:
-    """(scale, ratio) nearest to a target ratio among those that a bisection of [0, 1] visits: the paper's search."""
-    low, high, best = 0.0, 1.0, (math.inf, 0.0, 0.0)
-    while high - low >= tolerance and best[0] >= tolerance:
+    """(scale, ratio) nearest to a target ratio of those that a bisection of [0, 1] visits, the first of equals.
+
+    The released code's search for the scale of its ranks.
+    """
+    low, high, best = 0.0, 1.0, (0.0, math.inf)
+    while high - low >= tolerance and abs(best[1] - target) >= tolerance:
         scale = (low + high) / 2
         reached = ratio(scale)
-        best = min(best, (abs(reached - target), scale, reached))
+        if abs(reached - target) < abs(best[1] - target):
+            best = scale, reached
         low, high = (scale, high) if reached < target else (low, scale)
-    return best[1:]
+    return best
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument(
         "--rank", type=_layer_rank, default=1.0, metavar="RANK",
-        help="rank of layers: 0.25 is a quarter, 64 the rank itself, energy=0.9 the least that keeps so much of the energy",
+        help="rank of layers: 0.25 is a quarter, 64 the rank itself, energy=0.9 what keeps that share of energy",
     )  # fmt: skip
     command.add_argument(
         "--target_ratio", type=float, metavar="RATIO",

@@ -99,6 +99,12 @@ class FNLConfig(QuantizationConfigMixin):
         self.rank_pattern = _rank_pattern(self.rank_pattern)
         self.exclude_modules = _exclude_modules(self.exclude_modules)
         self._check_target_ratio()
+        if not self.layers_wanted() and (self.form != "matrix" or isinstance(self.rank, (int, dict)) or self.rank != 1.0):
+            name = "rank" if self.form == "matrix" else "form"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} is of layers, and none is asked for: give target_modules, such as "
+                "'all-linear' (head_rank is the rank of attention's heads)"
+            )
         _check_format_version(self.format_version)
 
     def _check_target_ratio(self) -> None:
@@ -160,7 +166,7 @@ class FNLConfig(QuantizationConfigMixin):
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
     def rank_of(self, name: str, rows: int, columns: int) -> int:
-        """The rank asked for in a layer of this name with a (rows, columns) matrix; the full one where energy decides."""
+        """The rank asked for in a layer of this name, of a (rows, columns) matrix; the full one if energy decides."""
         ranks = (rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, [name]))
         rank, full = next(ranks, 1.0 if self.target_ratio is not None else self.rank), min(rows, columns)
         if isinstance(rank, dict):

@@ -291,8 +291,7 @@ def test_what_is_not_understood_is_skipped_with_the_reason():
         ({"head_rank": True}, TypeError, "head_rank is True"),
         ({"rank_pattern": {"(": 1}}, ValueError, "not a regular expression"),
         ({"init": "svd"}, ValueError, "init is 'svd', expected one of"),
-        ({"target_modules": "all-linear"}, NotImplementedError, "target_modules"),
-        ({"rank": 0.5}, NotImplementedError, "rank: low-rank layers are not built yet"),
+        ({"rank": 0.5}, ValueError, "rank=0.5 is of layers, and none is asked for"),
         ({"format_version": 99}, ValueError, "upgrade fnl_hf"),
     ],
 )
