@@ -199,6 +199,49 @@ def cases(tiny: bool, only: str, fractions: Sequence[float]):
             yield name, fraction, rank, (rows, columns), conv_modules(channels, outputs, kernel, stride, rank), shapes
 
 
+def table(layers: Sequence[dict]) -> list[str]:
+    """A Markdown row for each layer: ratios at all ranks, of ours to dense, to two layers and to tltorch."""
+    shown = (("training", "dense"), ("training", "two"), ("training", "tltorch"), ("evaluation", "dense"))
+    lines = []
+    for name in dict.fromkeys(row["layer"] for row in layers):
+        modes = [row["modes"] for row in layers if row["layer"] == name]
+        small = next(mode for mode in modes[0] if mode.startswith("1 "))
+        cells = [
+            " / ".join(
+                f"{mode[which]['ratios'][other]:.2f}" if other in mode[which]["ratios"] else "-" for mode in modes
+            )
+            for which, other in (*shown, (small, "dense"))
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def bounds(layers: Sequence[dict]) -> list[str]:
+    """A Markdown row for each bound: how many of the ratios that it is about keep to it, and the largest of them."""
+    training = [(row["below break-even"], row["modes"]["training"]["ratios"]) for row in layers]
+    evaluation = [result["ratios"] for row in layers for mode, result in row["modes"].items() if mode != "training"]
+    most = {
+        "training below break-even, by dense": (1.05, [ratios["dense"] for below, ratios in training if below]),
+        "training at or above it, by the faster of two layers and composed": (
+            1.05,
+            [max(ratios["two"], ratios.get("composed", 0)) for below, ratios in training if not below],
+        ),
+        "evaluation, by dense": (1.05, [ratios["dense"] for ratios in evaluation]),
+        "training, by two layers": (1.03, [ratios["two"] for _, ratios in training]),
+        "evaluation, by two layers": (1.03, [ratios["two"] for ratios in evaluation]),
+    }
+    return [
+        f"| {name} | {bound} | {sum(ratio <= bound for ratio in ratios)} of {len(ratios)} "
+        f"| {median(ratios):.2f} | {max(ratios):.2f} |"
+        for name, (bound, ratios) in most.items()
+    ]
+
+
+def numbers(row: dict) -> dict[str, int]:
+    """What training keeps of a layer of the results: parameters, gradients, what the backward needs, and the input."""
+    return {name: sum(counts.values()) + row["input"] for name, counts in row["memory"].items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -236,6 +279,8 @@ def main():
         found.append(row)
         if options.json:  # after every layer, so that an end before the last one leaves the others
             write_json(options.json, {"setting": setting, "layers": found})
+    if set(options.modes) == set(MODES):
+        print("", *table(found), "", *bounds(found), sep="\n")
 
 
 if __name__ == "__main__":
