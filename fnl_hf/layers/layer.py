@@ -102,7 +102,7 @@ class FactorizedLayer(Declares, FactorLeaf):
     def left(self) -> Tensor:
         """U, (m, rank)."""
         weight = self._parameters["weight"]
-        return weight if weight.dim() == 2 else weight[..., 0]
+        return weight if weight.dim() == 2 else weight.squeeze(-1)  # not [..., 0], whose backward fills a new tensor
 
     def composed(self) -> Tensor:
         """The weight of the ordinary layer, with its gradient."""

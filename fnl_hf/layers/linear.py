@@ -51,7 +51,7 @@ class FactorizedLinear(FactorizedLayer, nn.Linear):
         hidden = input @ right
         if middle is not None:
             hidden = F.linear(hidden, middle)
-        return F.linear(hidden, left if left.dim() == 2 else left[..., 0], parameters["bias"])
+        return F.linear(hidden, left if left.dim() == 2 else left.squeeze(-1), parameters["bias"])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
