@@ -234,6 +234,7 @@ def bounds(layers: Sequence[dict]) -> list[str]:
         f"| {name} | {bound} | {sum(ratio <= bound for ratio in ratios)} of {len(ratios)} "
         f"| {median(ratios):.2f} | {max(ratios):.2f} |"
         for name, (bound, ratios) in most.items()
+        if ratios
     ]
 
 
