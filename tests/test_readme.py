@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.benchmark_layers import bounds, numbers, table
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "scripts" / "results"
@@ -86,6 +88,22 @@ def test_the_figures_are_those_of_the_results():
         assert f"{exact} types" in text and f"{counts[0]} products" in text
         shares.append(f"{100 * counts[1] / counts[0]:.1f} %")
     assert f"found without example inputs | {shares[0]} of O/V, {shares[1]} of Q/K |" in text
+
+
+def test_the_figures_of_layers_are_those_of_the_results():
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    layers = json.loads((RESULTS / "benchmark_layers_cpu.json").read_text())["layers"]
+    for line in (*table(layers), *bounds(layers)):
+        assert line in text
+    (quarter,) = (row for row in layers if row["layer"] == "BERT-base 768 to 3072" and row["fraction"] == 0.25)
+    faster = 1 / quarter["modes"]["training"]["ratios"]["dense"]
+    assert faster > 2 and f"trains {faster:.1f} times faster at a quarter of the rank" in text
+    linear = [row for row in layers if row["below break-even"] and "ResNet" not in row["layer"]]
+    shares = [kept["ours"] / kept["dense"] for kept in map(numbers, linear)]
+    shown = f"keeps {min(shares):.0%} to {max(shares):.0%} of the dense layer's".replace("%", " %")
+    assert max(shares) <= 1 and shown in text
+    for row in linear:  # the middle, and nothing else
+        assert row["memory"]["ours"]["saved"] == row["rank"] * row["input"] // row["matrix"][1]
 
 
 def test_what_the_readme_quotes_is_in_the_tables():

@@ -1,4 +1,4 @@
-"""The ``weight`` of a layer that stores factors: what reads it gets the product, and what only looks at it pays nothing.
+"""The ``weight`` of a layer that stores factors: what reads it gets the product, what only looks at it pays nothing.
 
 Over a hundred modeling files read ``proj.weight`` somewhere, most of them its dtype or device (T5's feed-forward).
 `ComposedWeight` knows those without a product, and becomes the product, with its gradient, in any other operation.
@@ -53,8 +53,9 @@ class ComposedWeight(Tensor):
             in_place |= name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
             if isinstance(written, cls) and in_place:
                 raise ValueError(
-                    f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is written "
-                    "into it would be lost: write the factors (fnl_hf.factorizations), or call fnl_hf.to_dense(model)"
+                    f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is "
+                    "written into it would be lost: write the factors (fnl_hf.factorizations), or call "
+                    "fnl_hf.to_dense(model)"
                 )
             return function(*map(_product, args), **{key: _product(value) for key, value in kwargs.items()})
 

@@ -10,8 +10,8 @@ from .layer import FactorizedLayer
 class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
     """Row i of U Vᵀ (or U M Vᵀ): looks up rows of U, (vocabulary, rank), then multiplies.
 
-    As in ``nn.Embedding`` no gradient comes from lookups of ``padding_idx``, here to neither factor. An ``embed_scale``,
-    which some models of transformers keep on their embeddings, multiplies the output.
+    As in ``nn.Embedding`` no gradient comes from lookups of ``padding_idx``, here to neither factor. An
+    ``embed_scale``, which some models of transformers keep on their embeddings, multiplies the output.
     """
 
     kind = "embedding"
@@ -24,7 +24,8 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
         return left.shape[0], right.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        left, middle, right, padding = self.left, self.middle, self.right, self.padding_idx
+        parameters, padding = self._parameters, self.padding_idx  # see `FactorizedLinear.forward`
+        left, middle, right = self.left, parameters.get("middle"), parameters["right"]
         (rows, rank), columns = left.shape, right.shape[0]
         tokens, square = input.numel(), 0 if middle is None else rank * rank
         weight = None

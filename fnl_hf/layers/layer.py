@@ -29,8 +29,9 @@ class FactorizedLayer(Declares, FactorLeaf):
     Parameters: ``weight`` is U, (m, rank), or (m, rank, 1) where (m, rank) would be the shape of the dense weight;
     ``right`` is V, (n, rank); ``middle``, of a deep one, M, (rank, rank); and the bias of the ordinary layer.
 
-    Training multiplies factor by factor, or composes first where that is cheaper. In evaluation a weight that is
-    composed is kept until a factor changes.
+    Training multiplies factor by factor, or composes first where that is cheaper. For ranks up to min(m, n) that is
+    only where the composed weight, which the backward then keeps, has fewer numbers than the r-wide middle that it
+    keeps otherwise. In evaluation a weight that is composed is kept until a factor changes.
     """
 
     kind: ClassVar[str]
@@ -40,7 +41,8 @@ class FactorizedLayer(Declares, FactorLeaf):
         """An uninitialised layer with all that was set on ``leaf``, and its bias."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        vars(layer).update({name: value for name, value in vars(leaf).items() if name not in ("_parameters", "_modules")})
+        own = {name: value for name, value in vars(leaf).items() if name not in ("_parameters", "_modules")}
+        vars(layer).update(own)
         vars(layer)["_buffers"] = dict(leaf._buffers)
         layer._ordinary = (shell(leaf),)  # in a tuple: it is no part of the model
         layer._dimensions(leaf)
@@ -100,7 +102,7 @@ class FactorizedLayer(Declares, FactorLeaf):
     def left(self) -> Tensor:
         """U, (m, rank)."""
         weight = self._parameters["weight"]
-        return weight if weight.dim() == 2 else weight[..., 0]
+        return weight if weight.dim() == 2 else weight.squeeze(-1)  # not [..., 0], whose backward fills a new tensor
 
     def composed(self) -> Tensor:
         """The weight of the ordinary layer, with its gradient."""
@@ -121,8 +123,8 @@ class FactorizedLayer(Declares, FactorLeaf):
             return self.tie(value.layer)
         if not isinstance(value, nn.Parameter) or tuple(value.shape) == tuple(self.dense_shape):
             raise ValueError(
-                f"the weight of a {type(self).__name__} is the product of its factors, and cannot be set to a dense one "
-                "(of an embedding that it is tied to?): factorize both, or call fnl_hf.to_dense(model)"
+                f"the weight of a {type(self).__name__} is the product of its factors, and cannot be set to a dense "
+                "one (of an embedding that it is tied to?): factorize both, or call fnl_hf.to_dense(model)"
             )
         self._parameters["weight"] = value
 
@@ -171,26 +173,32 @@ class FactorizedLayer(Declares, FactorLeaf):
             factored, dense, compose: multiplications of a forward factor by factor, of one by the dense weight, and of
                 composing it. A backward costs twice each.
         """
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.factor_parameters()):
+        if self._trains() or torch.compiler.is_compiling():  # a graph keeps nothing from one call to the next
             return self.composed() if factored > dense + compose else None
-        if factored < WORTH_TWO_CALLS * dense:
-            return None
-        return self._kept()
+        return None if factored < WORTH_TWO_CALLS * dense else self._kept("composed")
 
-    def _kept(self) -> Tensor:
-        """The composed weight, computed anew only after a factor has changed."""
+    def _trains(self) -> bool:
+        """Whether a forward now gives the factors gradients."""
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.factor_parameters())
+
+    def _kept(self, method: str) -> Tensor | tuple[Tensor, ...]:
+        """What a method makes of the factors alone, made anew only after a factor has changed."""
         if torch.compiler.is_compiling():
-            return self.composed()
-        factors = list(self.factor_parameters())
-        if any(factor.is_inference() for factor in factors):  # those do not count their changes
-            return self.composed()
-        now = [(factor.data_ptr(), factor._version, factor.dtype) for factor in factors]
-        before, weight = vars(self).get("_composed", (None, None))
-        if before != now:
-            with torch.no_grad(), torch.autocast(factors[0].device.type, enabled=False):
-                weight = self.composed()
-            vars(self)["_composed"] = now, weight
-        return weight
+            return getattr(self, method)()
+        now = [method]
+        for name, factor in self._parameters.items():
+            if factor is not None and name != "bias":
+                if factor.is_inference():  # it does not count its changes
+                    return getattr(self, method)()
+                now += factor.data_ptr(), factor._version, factor.dtype
+        kept = self.__dict__.get("_composed")
+        if kept is None or kept[0] != now:
+            device = self._parameters["right"].device.type
+            # no inference tensor: no backward could use it later
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+                kept = now, getattr(self, method)()
+            self.__dict__["_composed"] = kept
+        return kept[1]
 
     def train(self, mode: bool = True) -> Self:
         vars(self).pop("_composed", None)

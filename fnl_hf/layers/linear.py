@@ -1,10 +1,10 @@
-"""`FactorizedLinear`: a linear layer whose matrix is a product of factors, in the place of ``nn.Linear`` or ``Conv1D``."""
+"""`FactorizedLinear`: a linear layer whose matrix is a product of factors, in place of ``nn.Linear`` or ``Conv1D``."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .layer import FactorizedLayer
+from .layer import WORTH_TWO_CALLS, FactorizedLayer
 
 
 class FactorizedLinear(FactorizedLayer, nn.Linear):
@@ -39,22 +39,19 @@ class FactorizedLinear(FactorizedLayer, nn.Linear):
         return matrix.mT if self.transposed else matrix
 
     def forward(self, input: Tensor) -> Tensor:
-        left, middle, right = self.left, self.middle, self.right
-        (rows, rank), columns = left.shape, right.shape[0]
-        if rank * (rows + columns) >= 0.9 * rows * columns:  # else factor by factor, whatever the batch
-            tokens = input.numel() // columns
-            square = 0 if middle is None else rank * rank
-            weight = self._dense_weight(
-                tokens * (rank * (rows + columns) + square),
-                tokens * rows * columns,
-                rank * (rows * columns + square * rows // rank),
-            )
+        parameters = self._parameters  # an attribute of a module takes as long to read as a small product to compute
+        left, middle, right = parameters["weight"], parameters.get("middle"), parameters["right"]
+        rows, (columns, rank) = left.shape[0], right.shape
+        if rank * (rows + columns) >= WORTH_TWO_CALLS * rows * columns:  # else factor by factor, whatever the batch
+            tokens, square = input.numel() // columns, 0 if middle is None else rank * rank
+            factored = tokens * (rank * (rows + columns) + square)
+            weight = self._dense_weight(factored, tokens * rows * columns, rank * rows * columns + square * rows)
             if weight is not None:
-                return F.linear(input, weight.mT if self.transposed else weight, self.bias)
-        hidden = F.linear(input, right.mT)
+                return F.linear(input, weight.mT if self.transposed else weight, parameters["bias"])
+        hidden = input @ right
         if middle is not None:
             hidden = F.linear(hidden, middle)
-        return F.linear(hidden, left, self.bias)
+        return F.linear(hidden, left if left.dim() == 2 else left.squeeze(-1), parameters["bias"])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
