@@ -117,6 +117,9 @@ class FactorizedLayer(Declares, FactorLeaf):
         return self.composed() if torch.compiler.is_compiling() else ComposedWeight(self)
 
     def __setattr__(self, name: str, value: object) -> None:
+        if "_former_parameters" in vars(self) and isinstance(value, Tensor):  # a replica of nn.DataParallel, for one call
+            self._parameters[name] = value
+            return None
         if name != "weight":
             return super().__setattr__(name, value)
         if isinstance(value, ComposedWeight):
