@@ -9,7 +9,7 @@ Each kind of thing that can be factorized (the heads of attention, say) is a *fa
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import FORMAT_VERSION, FNLConfig
-from .factorization import Declares, Factorization
+from .factorization import Declares, Factorization, FactorLeaf
 from .proof import Evidence
 
 RESTORE = "restore the config.json that was saved with these weights"
@@ -305,7 +305,7 @@ def attach(model: nn.Module, config: FNLConfig, plan: Plan) -> None:
 
 def attached(model: nn.Module) -> FNLConfig | None:
     """The config with its plan, derived from the declarations in a model; None for one that is not factorized."""
-    declarations = [(plain(name), module) for name, module in model.named_modules() if isinstance(module, Declares)]
+    declarations = [(plain(name), module) for name, module in _declarations(model)]
     settings = next((each.settings for _, each in declarations if each.planned), None)
     if settings is None:  # not factorized, or pickled by a version whose declarations did not know their targets
         stored = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -317,6 +317,15 @@ def attached(model: nn.Module) -> FNLConfig | None:
         for below, kind, reason in vars(module).get(_SKIPPED, ())
     )
     return replace(settings, plan=Plan(targets, skipped).to_dict(), format_version=FORMAT_VERSION)
+
+
+def _declarations(model: nn.Module) -> Iterator[tuple[str, Declares]]:
+    """Each by its name; a layer that stands in several places, which may not be one when it is loaded, by all of them."""
+    seen = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Declares) and (module not in seen or isinstance(module, FactorLeaf)):
+            seen.add(module)
+            yield name, module
 
 
 def plain(name: str) -> str:

@@ -8,6 +8,7 @@ all saved as what they are. For this ``PreTrainedModel.save_pretrained`` is wrap
 
 import copy
 import functools
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,15 @@ def _write_plans() -> None:
     @functools.wraps(save)
     def save_pretrained(self, *args, **kwargs):
         with plan_in_config(self):
+            if aliases := _unknown_aliases(self):
+                given = inspect.signature(save).bind_partial(self, *args, **kwargs).arguments
+                whole = given.get("state_dict") or self.state_dict()
+                kept = {name: tensor for name, tensor in whole.items() if name not in aliases}
+                args = args[:1]  # what follows the directory goes by keyword
+                kwargs = {**{k: v for k, v in given.items() if k not in ("self", "kwargs", "save_directory")}, **kwargs}
+                if not args:
+                    kwargs["save_directory"] = given["save_directory"]
+                kwargs["state_dict"] = kept
             return save(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained
@@ -94,6 +104,25 @@ def _same(a: PreTrainedConfig, b: PreTrainedConfig) -> bool:
     written = {_KEY, "architectures", "dtype", "_name_or_path", "name_or_path"}
     described = [{k: v for k, v in config.to_dict().items() if k not in written} for config in (a, b)]
     return type(a) is type(b) and described[0] == described[1]
+
+
+def _unknown_aliases(model: PreTrainedModel) -> set[str]:
+    """Further names of the factors of tied layers, beside ``weight``, whose ties transformers knows.
+
+    Kept is the name beside the ``weight`` that it keeps, so that a base model finds all factors of its embedding.
+    """
+    names = defaultdict(list)
+    for layer, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FactorLeaf):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name not in ("weight", "bias"):
+                    names[id(parameter)].append((layer, name))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    aliases = set()
+    for places in names.values():
+        kept = next((place for place in places if f"{place[0]}.weight" not in tied), places[0])
+        aliases |= {".".join(place) for place in places if place != kept}
+    return aliases
 
 
 def _refuse_strays(model: nn.Module) -> None:

@@ -10,11 +10,20 @@ from torch import Tensor
 from .tensors import accumulating
 
 
+TALL = 2  # times as many rows as columns: from there on the Gram matrix costs less than the matrix's own SVD
+
+
 def of_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Balanced factors (*batch, m, rank), (*batch, rank, n) of a dense matrix, whose dtype they take.
 
     ``rank`` may exceed min(m, n): see ``surplus``.
     """
+    rows, columns = matrix.shape[-2:]
+    if rows >= TALL * columns and matrix.dtype != torch.float64:
+        return _split(*_tall_svd(matrix), rank, scale=None, dtype=matrix.dtype)
+    if columns >= TALL * rows and matrix.dtype != torch.float64:
+        left, sigma, right = _tall_svd(matrix.mT)
+        return _split(right.mT, sigma, left.mT, rank, scale=None, dtype=matrix.dtype)
     left, sigma, right = torch.linalg.svd(accumulating(matrix), full_matrices=False)
     return _split(left, sigma, right, rank, scale=None, dtype=matrix.dtype)
 
@@ -55,6 +64,22 @@ def surplus(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _tall_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of a (*batch, m, n) matrix with m > n, by the eigenvectors B of its float64 Gram: A Σ = W B.
+
+    Right to the precision of float32 for σ above 1e-7 of the largest: what is smaller counts as zero in ``_split``.
+    """
+    gram = sum(part.mT @ part for part in map(Tensor.double, matrix.split(2048, dim=-2)))
+    _, vectors = torch.linalg.eigh(gram)
+    vectors = vectors.flip(-1).to(accumulating(matrix).dtype)  # (*batch, n, n), the largest first
+    left = accumulating(matrix) @ vectors
+    sigma = torch.linalg.vector_norm(left, dim=-2)
+    order = sigma.argsort(-1, descending=True)  # of nearly equal ones, rounding may have changed it
+    left, sigma = left.gather(-1, order[..., None, :].expand_as(left)), sigma.gather(-1, order)
+    vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
+    return left / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None, :], sigma, vectors.mT
 
 
 def _by_qr(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ plan, `layer` what all layers of factors have in common, `linear`, `embedding`, 
 `composed` what reads of their weight get, `resizing` what happens to them when the vocabulary grows.
 """
 
+from . import resizing
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .embedding import FactorizedEmbedding
 from .find import find_layers
@@ -20,4 +21,5 @@ __all__ = [
     "FactorizedLinear",
     "LayerTarget",
     "find_layers",
+    "resizing",
 ]

@@ -127,17 +127,18 @@ class FactorizedLayer(Declares, FactorLeaf):
         self._parameters["weight"] = value
 
     def tie(self, other: "FactorizedLayer") -> None:
-        """Share the factors of another layer.
+        """Share the factors of another layer, which may have other rows: a vocabulary that was resized.
 
         Raises:
-            ValueError: Its matrix has another shape.
+            ValueError: Its matrix has rows of another width.
         """
-        if other.matrix_shape != self.matrix_shape:
+        if other.matrix_shape[1] != self.matrix_shape[1]:
             raise ValueError(f"a {self.matrix_shape} matrix cannot be tied to one of {other.matrix_shape}")
         for name in FACTORS:
             self._parameters[name] = other._parameters.get(name)
-        # which of the factors' names `save_pretrained` may leave out; those of weights it knows
-        self._tied_weights_keys = {name: name for name in FACTORS[1:]}
+        for name in ("num_embeddings", "out_features"):
+            if name in vars(self):
+                setattr(self, name, self.matrix_shape[0])
 
     def factorization(self, name: str, parent: nn.Module) -> Factorization:
         views = [View(self._parameters["weight"], _rows, -2)]

@@ -90,6 +90,8 @@ class LayerTarget(Target):
         first: dict[int, FactorizedLayer] = {}
         for target in targets:
             leaf = model.get_submodule(target.name)
+            if leaf in layers:  # one layer in two places
+                continue
             layer = layers[leaf] = layer_class(leaf).replacing(leaf, target.rank, target.deep)
             one = first.setdefault(id(leaf.weight), layer)
             if one is not layer:
