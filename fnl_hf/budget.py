@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Share:
     """What is to get one rank: a target, or several of one weight.
 
     Attributes:
-        per_rank: parameters that each component takes.
+        cost: parameters at a rank.
         dense: parameters of the weight as it is.
         full: the rank up to which components count.
         lone: a weight by itself, which stays dense where a product would be no smaller.
@@ -133,7 +133,7 @@ def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evid
     for group in groups.values():
         product = group[0].found(model)
         dense = sum(view.augmented().numel() for view in product.views)
-        cost = lambda rank, target=group[0]: target.cost(model, rank)  # noqa: E731
+        cost = cache(partial(group[0].cost, model))  # a bisection asks for few ranks many times
         shares.append(Share(tuple(group), product, cost, dense, product.full_rank or product.size()[1], product.lone))
     return shares
 

@@ -189,6 +189,7 @@ def _factorized(
         if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
             unmoved.add(target.name)
     of_weights.clear()
+    own = set(model.parameters())  # what an error must bring back
     with kept_on_error(model) as written:
         install(model, config, planned)
         products = list(declared(model))
@@ -200,7 +201,7 @@ def _factorized(
                     f"{product.name}: init={config.init!r} gives factors of shapes {given}, and its layer has {wanted}"
                 )
         for product in products:
-            if not found[product.name].lone:  # else its parameters are new
+            if own.intersection(tensor for view in product.views for tensor in (view.parameter, view.bias)):
                 written.append((product, [factor.clone() for factor in product.augmented()]))
             product.write(factors.pop(product.name))  # one set in memory beside the model's own, the new or the old
         if checked:  # what is in its old basis shows nothing

@@ -5,7 +5,12 @@
 
 Each figure is the median of some rounds, of a fresh process each; a second tree of this repository takes turns with
 this one. `factorize` stands beside a forward of inputs as short as those that it records, `verify` of BERT-base on
-8 x 512 tokens beside a forward of those. Memory is what the process held at most, above what it held before.
+8 x 512 tokens beside a forward of those. Memory is what the process held at most, above what it held before. Last, a
+masked BERT-base is factorized to half its parameters, which takes a decomposition of every matrix, with the 30,522 rows
+of its embedding among them: seconds, and the growth of memory over what the process held with the dense model, as a
+share of that model. That alone, on as many threads as `OMP_NUM_THREADS` says:
+
+    python scripts/benchmark_factorize.py --only half
 """
 
 import argparse
@@ -18,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import transformers as tf
 
@@ -33,6 +39,7 @@ MODELS = {
         tf.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     ),
     "bert-base": lambda: tf.BertModel(tf.BertConfig()),
+    "masked bert-base": lambda: tf.BertForMaskedLM(tf.BertConfig()),
 }
 
 
@@ -72,6 +79,15 @@ def of_factorize(name: str) -> dict[str, float]:
     }
 
 
+def of_half(name: str) -> dict[str, float]:
+    """Seconds of `factorize` to half of all parameters, and what memory grows by, also as a share of the model's."""
+    model, config = MODELS[name](), fnl_hf.FNLConfig(target_ratio=0.5)
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+    before = psutil.Process().memory_info().rss / 1e9  # not the most so far, below which growth would not show
+    took = seconds(fnl_hf.factorize, model, config)
+    return {"seconds": took, "GB": peak() - before, "of the model": (peak() - before) / size}
+
+
 @torch.no_grad()
 def of_verify(name: str) -> dict[str, float]:
     """Seconds and GB of `verify` on 8 x 512 tokens."""
@@ -91,7 +107,14 @@ def _on_a_batch(name, run) -> dict[str, float]:
     return {"seconds": seconds(run, model, inputs), "peak GB": peak()}
 
 
-MEASUREMENTS = {"factorize": of_factorize, "forward": of_forward, "verify": of_verify}
+MEASUREMENTS = {"factorize": of_factorize, "forward": of_forward, "verify": of_verify, "half": of_half}
+CASES = (
+    ("factorize", "llama 4 x 2048"),
+    ("factorize", "bert-large"),
+    ("forward", "bert-base"),
+    ("verify", "bert-base"),
+    ("half", "masked bert-base"),
+)
 
 
 def measured(what: str, model: str, tree: Path) -> dict[str, float]:
@@ -110,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes for each figure (default: %(default)s)")
     parser.add_argument("--against", type=Path, metavar="TREE", help="another tree of this repository to compare with")
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=[*MEASUREMENTS], metavar="WHAT")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "MODEL"), help="one measurement, as JSON, in this process")
     options = parser.parse_args()
@@ -121,9 +145,7 @@ def main() -> None:
         return
     trees = {"now": Path(__file__).parent.parent} | ({"before": options.against} if options.against else {})
     figures = {}
-    for what, name in (
-        ("factorize", "llama 4 x 2048"), ("factorize", "bert-large"), ("forward", "bert-base"), ("verify", "bert-base"),
-    ):  # fmt: skip
+    for what, name in (case for case in CASES if case[0] in options.only):
         rounds = {tree: [] for tree in (trees if what == "factorize" else ["now"])}
         for _ in range(options.rounds):
             for tree in rounds:
@@ -132,11 +154,12 @@ def main() -> None:
             figures[f"{what} {name}, {tree}"] = medians(values)
             line = ", ".join(f"{key} {value:.2f}" for key, value in figures[f"{what} {name}, {tree}"].items())
             print(f"{what} {name}, {tree}: {line}", flush=True)
-    forward, verified = figures["forward bert-base, now"], figures["verify bert-base, now"]
-    ratios = {key: verified[key] / forward[key] for key in forward}
-    print("verify / forward: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
+    written = {"rounds": options.rounds, "threads": torch.get_num_threads(), "figures": figures}
+    if {"forward", "verify"} <= set(options.only):
+        forward, verified = figures["forward bert-base, now"], figures["verify bert-base, now"]
+        written["verify / forward"] = ratios = {key: verified[key] / forward[key] for key in forward}
+        print("verify / forward: " + ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
     if options.json:
-        written = {"rounds": options.rounds, "figures": figures, "verify / forward": ratios}
         options.json.write_text(json.dumps(written, indent=2) + "\n")
 
 

