@@ -166,7 +166,8 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
             placed.append(here)
             continue
         same_class, weight = type(model).__name__ in (model.config.architectures or []), target.parameters()[0]
-        if same_class or rename(weight) not in stored or _has_any(model, (weight, rename(weight))):
+        is_stored = target.is_tied() or rename(weight) in stored
+        if same_class or not is_stored or _has_any(model, (weight, rename(weight))):
             lack = f"{type(model).__name__} {target.flaw(model)}"
             raise ValueError(f"quantization_config.plan names {target.name}, but {lack}: {RESTORE}")
         elsewhere.append(target.name)
@@ -178,7 +179,9 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
         )
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
-    return replace(plan, targets=tuple(placed))
+    families = dict.fromkeys(map(type, placed))
+    all_placed = (family.with_tied(model, [t for t in placed if type(t) is family]) for family in families)
+    return replace(plan, targets=tuple(target for targets in all_placed for target in targets))
 
 
 def _has_any(model: PreTrainedModel, names: Iterable[str | None]) -> bool:

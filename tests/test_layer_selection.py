@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 
 import fnl_hf
-from tests.families import BART, BERT, VISION, build
+from tests.families import BERT, VISION, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,7 +125,10 @@ def _random(cls, settings, **more):
 
 
 KEPT = {
-    "classifier": (lambda: _random(tf.BertForSequenceClassification, tf.BertConfig(**BERT)), ["classifier", "bert.pooler.dense"]),
+    "classifier": (
+        lambda: _random(tf.BertForSequenceClassification, tf.BertConfig(**BERT)),
+        ["classifier", "bert.pooler.dense"],
+    ),
     "untied head": (
         lambda: _random(tf.BertForMaskedLM, tf.BertConfig(**BERT, tie_word_embeddings=False)),
         ["cls.predictions.decoder"],
