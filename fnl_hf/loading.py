@@ -27,7 +27,7 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 from .config import FNLConfig
 from .messages import say
 from .patching import factorize, install
-from .plan import RESTORE, Plan, Renaming, attached
+from .plan import RESTORE, Plan, Renaming, Target, attached
 from .saving import configs, forget_plans, save_under_own_names
 
 register_quantization_config("fnl")(FNLConfig)
@@ -82,7 +82,10 @@ class FNLQuantizer(HfQuantizer):
         rename = _renaming(model)
         stored = {rename(key): (key, shape) for key, shape in _stored_shapes(checkpoint_files).items()}
         plan, dense = _placed(Plan.of(self.quantization_config), model, rename, stored), _shapes(model)
-        install(model, self.quantization_config, plan)
+        more = _tied_to(plan, model)
+        install(model, self.quantization_config, replace(plan, targets=(*plan.targets, *more)))
+        for target in more:
+            model.get_submodule(target.name)._is_hf_initialized = False  # the checkpoint may lack its bias
         self.names = _parameter_names(model, plan)
         _check_shapes(model, self.names, dense, stored, checkpoint_files)
         self.quantization_config = attached(model) or self.quantization_config
@@ -179,9 +182,14 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
         )
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
-    families = dict.fromkeys(map(type, placed))
-    all_placed = (family.with_tied(model, [t for t in placed if type(t) is family]) for family in families)
-    return replace(plan, targets=tuple(target for targets in all_placed for target in targets))
+    return replace(plan, targets=tuple(placed))
+
+
+def _tied_to(plan: Plan, model: PreTrainedModel) -> list[Target]:
+    """The targets of layers that this class ties to those of a plan, where that is of a class without them."""
+    families = dict.fromkeys(map(type, plan.targets))
+    with_tied = (family.with_tied(model, [t for t in plan.targets if type(t) is family]) for family in families)
+    return [target for targets in with_tied for target in targets if target not in plan.targets]
 
 
 def _has_any(model: PreTrainedModel, names: Iterable[str | None]) -> bool:
