@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..algebra import chain
 from ..factorization import Declares, Factorization, FactorLeaf, View
@@ -109,8 +110,12 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     @property
     def weight(self) -> Tensor:
-        """The product, as the ordinary layer's weight; on the meta device the stored factor, as it is loaded there."""
-        if any(parameter.is_meta for parameter in self.factor_parameters()):
+        """The product, as the ordinary layer's weight.
+
+        The stored factor where that has no values to multiply: on the meta device, as it is loaded there, and while it
+        is sharded, as FSDP2 looks for it under this name.
+        """
+        if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in self.factor_parameters()):
             return self._parameters["weight"]
         return self.composed() if torch.compiler.is_compiling() else ComposedWeight(self)
 
