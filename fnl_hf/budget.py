@@ -64,13 +64,14 @@ def with_ranks(
         ranks = [energy_rank(share.energies, config.energy) for share in shares]
     else:
         ranks = _within(model, config, shares)
-    decided = {target.name: (share, rank) for share, rank in zip(shares, ranks, strict=True) for target in share.targets}
+    pairs = zip(shares, ranks, strict=True)
+    decided = {target.name: (share, rank) for share, rank in pairs for target in share.targets}
     kept, skipped = [], []
     for target in targets:
         share, rank = decided.get(target.name, (None, target.rank))
         if share is not None and share.stays_dense(rank):
-            why = f"dense: of rank {rank} it would not be smaller" if rank < share.full else "dense: keeps its full rank"
-            skipped.append(Skip(target.name, target.kind, why))
+            why = f"of rank {rank} it would not be smaller" if rank < share.full else "keeps its full rank"
+            skipped.append(Skip(target.name, target.kind, f"dense: {why}"))
         else:
             kept.append(replace(target, rank=rank))
     return kept, skipped

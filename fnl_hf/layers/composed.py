@@ -1,4 +1,4 @@
-"""The ``weight`` of a layer that stores factors: what reads it gets the product, and what only looks at it pays nothing.
+"""The ``weight`` of a layer that stores factors: what reads it gets the product, what only looks at it pays nothing.
 
 Over a hundred modeling files read ``proj.weight`` somewhere, most of them its dtype or device (T5's feed-forward).
 `ComposedWeight` knows those without a product, and becomes the product, with its gradient, in any other operation.
@@ -27,8 +27,8 @@ _DATA = Tensor.data.__get__
 class ComposedWeight(Tensor):
     """The weight that a layer's factors make, composed when it is first needed.
 
-    Writing into it, or into its ``data``, raises, since that would be lost. Given to another factorized layer as its ``weight``, which is how
-    transformers ties, it gives that layer the factors.
+    Writing into it, or into its ``data``, raises, since that would be lost. Given to another factorized layer as its
+    ``weight``, which is how transformers ties, it gives that layer the factors.
     """
 
     _is_param = True  # an nn.Parameter to isinstance: `tie_weights` looks for one
@@ -54,8 +54,9 @@ class ComposedWeight(Tensor):
             written = _written(function, args, kwargs)
             if isinstance(written, cls):
                 raise ValueError(
-                    f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is written "
-                    "into it would be lost: write the factors (fnl_hf.factorizations), or call fnl_hf.to_dense(model)"
+                    f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is "
+                    "written into it would be lost: write the factors (fnl_hf.factorizations), or call "
+                    "fnl_hf.to_dense(model)"
                 )
             return function(*map(_product, args), **{key: _product(value) for key, value in kwargs.items()})
 

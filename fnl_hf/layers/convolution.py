@@ -1,9 +1,10 @@
 """`FactorizedConv2d` and `FactorizedConv1d`: a convolution as two, one along each dimension of its kernel.
 
-The matrix of a kernel (out, in, kh, kw) has a row for each output channel and place in the kernel's height, and a column
-for each input channel and place in its width: W[o, i, a, b] = A[o·kh + a, i·kw + b]. A product of rank r is then a
-convolution by (1, kw) to r channels and one by (kh, 1) from them (Khodak et al., ICLR 2021; their code reshapes without
-the permutation, which changes the function of a trained kernel). In one dimension the second kernel has length one.
+The matrix of a kernel (out, in, kh, kw) has a row for each output channel and place in the kernel's height, and a
+column for each input channel and place in its width: W[o, i, a, b] = A[o·kh + a, i·kw + b]. A product of rank r is then
+a convolution by (1, kw) to r channels and one by (kh, 1) from them (Khodak et al., ICLR 2021; their code reshapes
+without the permutation, which changes the function of a trained kernel). In one dimension the second kernel has length
+one.
 """
 
 import math
@@ -70,7 +71,7 @@ class _FactorizedConv(FactorizedLayer):
             return None
         sizes = input.shape[-len(self.kernel_size) :]
         spans = zip(sizes, padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        out = [(size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel, stride in spans]
+        out = [(size + 2 * pad - dil * (kernel - 1) - 1) // step + 1 for size, pad, dil, kernel, step in spans]
         images = input.numel() // (self.in_channels * math.prod(sizes))
         outputs = images * math.prod(out)
         middles = outputs if len(sizes) == 1 else images * sizes[0] * out[1]

@@ -10,8 +10,8 @@ from .layer import FactorizedLayer
 class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
     """Row i of U Vᵀ (or U M Vᵀ): looks up rows of U, (vocabulary, rank), then multiplies.
 
-    As in ``nn.Embedding`` no gradient comes from lookups of ``padding_idx``, here to neither factor. An ``embed_scale``,
-    which some models of transformers keep on their embeddings, multiplies the output.
+    As in ``nn.Embedding`` no gradient comes from lookups of ``padding_idx``, here to neither factor. An
+    ``embed_scale``, which some models of transformers keep on their embeddings, multiplies the output.
     """
 
     kind = "embedding"

@@ -41,7 +41,8 @@ class FactorizedLayer(Declares, FactorLeaf):
         """An uninitialised layer with all that was set on ``leaf``, and its bias."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        vars(layer).update({name: value for name, value in vars(leaf).items() if name not in ("_parameters", "_modules")})
+        own = ("_parameters", "_modules")
+        vars(layer).update({name: value for name, value in vars(leaf).items() if name not in own})
         vars(layer)["_buffers"] = dict(leaf._buffers)
         layer._ordinary = (shell(leaf),)  # in a tuple: it is no part of the model
         layer._dimensions(leaf)
@@ -126,8 +127,8 @@ class FactorizedLayer(Declares, FactorLeaf):
             return self.tie(value.layer)
         if not isinstance(value, nn.Parameter) or tuple(value.shape) == tuple(self.dense_shape):
             raise ValueError(
-                f"the weight of a {type(self).__name__} is the product of its factors, and cannot be set to a dense one "
-                "(of an embedding that it is tied to?): factorize both, or call fnl_hf.to_dense(model)"
+                f"the weight of a {type(self).__name__} is the product of its factors, and cannot be set to a dense "
+                "one (of an embedding that it is tied to?): factorize both, or call fnl_hf.to_dense(model)"
             )
         self._parameters["weight"] = value
 

@@ -1,4 +1,4 @@
-"""`FactorizedLinear`: a linear layer whose matrix is a product of factors, in the place of ``nn.Linear`` or ``Conv1D``."""
+"""`FactorizedLinear`: a linear layer whose matrix is a product of factors, in place of ``nn.Linear`` or ``Conv1D``."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
