@@ -63,14 +63,16 @@ def with_ranks(
     if config.energy is not None:
         ranks = [energy_rank(share.energies, config.energy) for share in shares]
     else:
-        ranks = _within(model, config, shares)
+        shared = {target.name for share in shares for target in share.targets}
+        ranks = _within(model, config, shares, _saved(model, [t for t in targets if t.name not in shared]))
     pairs = zip(shares, ranks, strict=True)
     decided = {target.name: (share, rank) for share, rank in pairs for target in share.targets}
     kept, skipped = [], []
     for target in targets:
         share, rank = decided.get(target.name, (None, target.rank))
         if share is not None and share.stays_dense(rank):
-            skipped.append(Skip(target.name, target.kind, f"dense: at rank {rank} it would not be smaller"))
+            why = f"of rank {rank} it would not be smaller" if rank < share.full else "keeps its full rank"
+            skipped.append(Skip(target.name, target.kind, f"dense: {why}"))
         else:
             kept.append(replace(target, rank=rank))
     return kept, skipped
@@ -138,10 +140,27 @@ def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evid
     return shares
 
 
-def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share]) -> list[int]:
-    """The largest ranks, by one fraction or by error, with which the model is within its ratio."""
+def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
+    """How many parameters targets of given ranks save (tied ones once)."""
+    sizes = {}
+    for target in targets:
+        product = target.found(model)
+        dense = sum(view.augmented().numel() for view in product.views)
+        sizes[tuple((id(view.parameter), view.offset) for view in product.views)] = dense - target.cost(
+            model, target.rank
+        )
+    return sum(sizes.values())
+
+
+def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int) -> list[int]:
+    """The largest ranks, by one fraction or by error, with which the model is within its ratio.
+
+    Args:
+        saved: parameters that targets of given ranks save.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
-    budget = config.target_ratio * total - (total - sum(share.dense for share in shares))
+    rest = total - sum(share.dense for share in shares) - saved
+    budget = config.target_ratio * total - rest
     ranks_at = _by_fraction if config.rank_allocation == "uniform" else _by_error(shares)
 
     def size(level: float) -> int:
@@ -149,7 +168,7 @@ def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share]) -> lis
 
     least = size(0.0)
     if least > budget:
-        possible = (total - sum(share.dense for share in shares) + least) / total
+        possible = (rest + least) / total
         raise ValueError(
             f"target_ratio is {config.target_ratio}, but with all that is selected at its least rank the model keeps "
             f"{possible:.3f} of its parameters: give a larger ratio, or select more (target_modules, attention)"

@@ -99,7 +99,8 @@ class FNLConfig(QuantizationConfigMixin):
         self.rank_pattern = _rank_pattern(self.rank_pattern)
         self.exclude_modules = _exclude_modules(self.exclude_modules)
         self._check_target_ratio()
-        if not self.layers_wanted() and (self.form != "matrix" or isinstance(self.rank, (int, dict)) or self.rank != 1.0):
+        changed = self.form != "matrix" or not isinstance(self.rank, float) or self.rank != 1.0
+        if changed and not self.layers_wanted():
             name = "rank" if self.form == "matrix" else "form"
             raise ValueError(
                 f"{name}={getattr(self, name)!r} is of layers, and none is asked for: give target_modules, such as "

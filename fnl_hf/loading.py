@@ -28,7 +28,7 @@ from .attachment import attached
 from .config import FNLConfig
 from .messages import say
 from .patching import factorize, install
-from .plan import RESTORE, Plan, Renaming
+from .plan import RESTORE, Plan, Renaming, Target
 from .saving import configs, forget_plans, save_under_own_names
 
 register_quantization_config("fnl")(FNLConfig)
@@ -83,7 +83,10 @@ class FNLQuantizer(HfQuantizer):
         rename = _renaming(model)
         stored = {rename(key): (key, shape) for key, shape in _stored_shapes(checkpoint_files).items()}
         plan, dense = _placed(Plan.of(self.quantization_config), model, rename, stored), _shapes(model)
-        install(model, self.quantization_config, plan)
+        more = _tied_to(plan, model)
+        install(model, self.quantization_config, replace(plan, targets=(*plan.targets, *more)))
+        for target in more:
+            model.get_submodule(target.name)._is_hf_initialized = False  # the checkpoint may lack its bias
         self.names = _parameter_names(model, plan)
         _check_shapes(model, self.names, dense, stored, checkpoint_files)
         self.quantization_config = attached(model) or self.quantization_config
@@ -167,7 +170,8 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
             placed.append(here)
             continue
         same_class, weight = type(model).__name__ in (model.config.architectures or []), target.parameters()[0]
-        if same_class or rename(weight) not in stored or _has_any(model, (weight, rename(weight))):
+        is_stored = target.is_tied() or rename(weight) in stored
+        if same_class or not is_stored or _has_any(model, (weight, rename(weight))):
             lack = f"{type(model).__name__} {target.flaw(model)}"
             raise ValueError(f"quantization_config.plan names {target.name}, but {lack}: {RESTORE}")
         elsewhere.append(target.name)
@@ -180,6 +184,13 @@ def _placed(plan: Plan, model: PreTrainedModel, rename: Renaming, stored: dict) 
     if elsewhere:
         say(f"fnl_hf: {type(model).__name__} is a part of the saved model, without {_listed(elsewhere)}")
     return replace(plan, targets=tuple(placed))
+
+
+def _tied_to(plan: Plan, model: PreTrainedModel) -> list[Target]:
+    """The targets of layers that this class ties to those of a plan, where that is of a class without them."""
+    families = dict.fromkeys(map(type, plan.targets))
+    with_tied = (family.with_tied(model, [t for t in plan.targets if type(t) is family]) for family in families)
+    return [target for targets in with_tied for target in targets if target not in plan.targets]
 
 
 def _has_any(model: PreTrainedModel, names: Iterable[str | None]) -> bool:

@@ -105,6 +105,15 @@ class Target(ABC):
         """The features that each of its projections carries; () or None where that is not known."""
         return ()
 
+    @classmethod
+    def with_tied(cls, model: nn.Module, targets: Sequence[Self]) -> Sequence[Self]:
+        """The targets of a stored plan, and those of further layers that this class of model ties to theirs."""
+        return targets
+
+    def is_tied(self) -> bool:
+        """Whether a checkpoint may hold its weights under other names only."""
+        return False
+
     def renamed(self, rename: Renaming) -> Self | None:
         """The target under the names that its weights have in a model; None where they have none."""
         path = self.parameters()[0]

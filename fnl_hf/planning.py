@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .budget import with_ranks
-from .config import FNLConfig
+from .config import FNLConfig, matches_end
 from .heads import HeadTarget, find_heads
 from .layers import LayerTarget, find_layers
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence, refuted_by_the_whole
-from .selection import selected
+from .selection import names_of, selected
 from .ties import reads_one_weight_twice, without_shared
 
 register_family(find_heads, HeadTarget)
@@ -52,7 +52,7 @@ def plan_with_evidence(
             skipped.append(Skip(candidate.name, candidate.kind, reason))
         else:
             chosen.append((candidate, target))
-    targets = _without_yielding(chosen)
+    targets = _without_yielding(chosen, config)
     _refuse_claimed_twice(targets)
     targets, shared = without_shared(model, targets)
     products = [target.found for target in targets if not target.found(model).lone] if whole else []
@@ -67,15 +67,27 @@ def plan_with_evidence(
     return Plan(tuple(settled), (*skipped, *shared)), evidence
 
 
-def _without_yielding(chosen: Sequence[tuple[Candidate, Target]]) -> list[Target]:
-    """The targets but for those that give way to a target of another family."""
+def _without_yielding(chosen: Sequence[tuple[Candidate, Target]], config: FNLConfig) -> list[Target]:
+    """The targets but for those that give way to a target of another family.
+
+    Raises:
+        ValueError: A rank is given to nothing but what gives way.
+    """
     firm = {path: target for candidate, target in chosen if not candidate.yields for path in target.parameters()}
 
     def gives_way(candidate: Candidate, target: Target) -> bool:
         others = (firm[path] for path in target.parameters() if path in firm)
         return candidate.yields and any(type(other) is not type(target) for other in others)
 
-    return [target for candidate, target in chosen if not gives_way(candidate, target)]
+    kept = [(candidate, target) for candidate, target in chosen if not gives_way(candidate, target)]
+    for pattern in config.rank_pattern if len(kept) < len(chosen) else ():
+        matched = [pair for pair in chosen if matches_end(pattern, names_of(pair[0]))]
+        if matched and not any(pair in kept for pair in matched):
+            raise ValueError(
+                f"rank_pattern has '{pattern}', which matches only layers whose heads are products, such as "
+                f"{matched[0][1].name}: give the rank to the product, or set attention=()"
+            )
+    return [target for _, target in kept]
 
 
 def _refuse_claimed_twice(targets: Sequence[Target]) -> None:

@@ -37,6 +37,7 @@ REACH = 3  # how far above a product's owner the module may be that is replayed
 # What a forward of the whole model loses by rounding, as a share of what the control changes
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
 COARSE_ROUNDING = 0.1  # in half precision
+UNREAD = "what it gives does not follow its factors"
 JUMPS = "the model's outputs jump when it changes by rounding, and no replay of its module reaches it"
 
 
@@ -140,9 +141,11 @@ class Evidence:
 
     def replayed(self, found: Found) -> Verdict | None:
         """The verdict of a replay on a product of the model; None where nothing replays or reaches it."""
-        product, owner = found(self.model), found(self.model).name.rpartition(".")[0]
-        if isinstance(self.model.get_submodule(product.name), FactorLeaf):
-            return None  # a layer by itself, whose function the factors are by construction
+        product = found(self.model)
+        owner, _, slot = product.name.rpartition(".")
+        declaration = self.model.get_submodule(product.name)
+        if isinstance(declaration, FactorLeaf):  # a layer by itself
+            owner = product.name
         if any(hasattr(module, "base_layer") for module in self.model.get_submodule(owner).modules()):
             return None  # what an adapter adds is no factor: random, it would refute any product
 
@@ -150,11 +153,15 @@ class Evidence:
             one = stage.verdict(product.name, product.kind, found)
             return one, one.reason or ""
 
-        slot = product.name.rpartition(".")[2]
-        for one, reason in self.tried(owner, product, ("as it is", slot, product.kind), verdict):
+        # a forward that someone has set on one module holds for no other
+        question = "as it is", slot, product.kind, vars(declaration).get("forward")
+        unread = None
+        for one, reason in self.tried(owner, product, question, verdict):
             if one and not reason:
                 return replace(one, name=product.name)
-        return None
+            if one and isinstance(declaration, FactorLeaf):
+                unread = replace(one, name=product.name, reason=UNREAD)
+        return unread
 
     def tried(
         self,

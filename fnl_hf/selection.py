@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .config import FNLConfig, ends_with, matches_end
+from .config import ATTENTION_KINDS, FNLConfig, ends_with, matches_end
 from .plan import Candidate, Skip
 
 EXCLUDED = "excluded by exclude_modules"
@@ -39,7 +39,9 @@ def selected(candidates: Sequence[Candidate], config: FNLConfig) -> tuple[list[C
 
 def names_of(candidate: Candidate) -> list[str]:
     """The names that a candidate goes by: what it would be called, and its module's."""
-    own = [option.name for option in candidate.options] or [f"{candidate.name}.{candidate.kind}".removeprefix(".")]
+    own = [option.name for option in candidate.options]
+    if not own and candidate.kind in ATTENTION_KINDS:
+        own = [f"{candidate.name}.{candidate.kind}".removeprefix(".")]
     return list(dict.fromkeys([*own, candidate.name]))
 
 

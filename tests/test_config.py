@@ -240,7 +240,7 @@ def test_a_name_that_matches_nothing_is_an_error_that_shows_what_there_is(settin
 
 
 def test_excluding_everything_says_so():
-    with pytest.raises(ValueError, match="has no product to factorize.*excluded by exclude_modules"):
+    with pytest.raises(ValueError, match="has nothing to factorize.*excluded by exclude_modules"):
         ranks(exclude_modules=["encoder"])
 
 

@@ -174,7 +174,7 @@ def llama(**changes):
 def test_attention_by_hashing_and_by_blocks_is_left_alone(name):
     sizes = {**BERT, "max_position_embeddings": 64, "hash_code_len": 4, "num_hash": 4, "block_per_row": 2}
     model = getattr(tf, f"{name}Model")(getattr(tf, f"{name}Config")(**sizes)).eval()
-    with pytest.raises(ValueError, match="has no product to factorize"):
+    with pytest.raises(ValueError, match="has nothing to factorize"):
         fnl_hf.factorize(model)
     assert not fnl_hf.verify(model, input_ids=torch.randint(5, 50, (1, 32)))
 

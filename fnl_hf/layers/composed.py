@@ -21,18 +21,20 @@ _DESCRIBES = {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.element_size, Tensor.__len__,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device, Tensor.ndimension,
 }  # fmt: skip
+_DATA = Tensor.data.__get__
 
 
 class ComposedWeight(Tensor):
     """The weight that a layer's factors make, composed when it is first needed.
 
-    Writing into it raises, since that would be lost. Given to another factorized layer as its ``weight``, which is how
-    transformers ties, it gives that layer the factors.
+    Writing into it, or into its ``data``, raises, since that would be lost. Given to another factorized layer as its
+    ``weight``, which is how transformers ties, it gives that layer the factors.
     """
 
     _is_param = True  # an nn.Parameter to isinstance: `tie_weights` looks for one
     _is_hf_initialized = True
     layer: "FactorizedLayer"
+    detached = False  # whether no gradient goes through it: ``data``
 
     @staticmethod
     def __new__(cls, layer: "FactorizedLayer") -> "ComposedWeight":
@@ -47,11 +49,10 @@ class ComposedWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if function in _DESCRIBES:
                 return function(*args, **kwargs)
-            name = getattr(function, "__name__", "")
-            written = args[0] if args and isinstance(args[0], cls) else kwargs.get("out")
-            in_place = name == "__set__" or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            in_place |= name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
-            if isinstance(written, cls) and in_place:
+            if function == _DATA:
+                return args[0]._without_gradient()
+            written = _written(function, args, kwargs)
+            if isinstance(written, cls):
                 raise ValueError(
                     f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is "
                     "written into it would be lost: write the factors (fnl_hf.factorizations), or call "
@@ -68,7 +69,12 @@ class ComposedWeight(Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.layer.factor_parameters())
+        return not self.detached and any(parameter.requires_grad for parameter in self.layer.factor_parameters())
+
+    def _without_gradient(self) -> "ComposedWeight":
+        data = ComposedWeight(self.layer)
+        data.detached, data._is_param = True, False
+        return data
 
     def requires_grad_(self, requires_grad: bool = True) -> "ComposedWeight":
         """Freeze or train the factors."""
@@ -77,9 +83,20 @@ class ComposedWeight(Tensor):
         return self
 
 
+def _written(function, args: tuple, kwargs: dict):
+    """What a function writes into, None where it only reads."""
+    name = getattr(function, "__name__", "")
+    if "out" in kwargs:
+        return kwargs["out"]
+    in_place = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
+    in_place |= name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    # ``torch.nn.init`` gives all by keyword
+    return next(iter((*args, *kwargs.values())), None) if in_place else None
+
+
 def _product(value):
     if isinstance(value, ComposedWeight):
-        return value.layer.composed()
+        return value.layer.composed().detach() if value.detached else value.layer.composed()
     if type(value) in (tuple, list):
         return type(value)(map(_product, value))
     return value

@@ -79,7 +79,7 @@ class _FactorizedConv(FactorizedLayer):
             return None
         sizes = input.shape[-len(self.kernel_size) :]
         spans = zip(sizes, padding, self.dilation, self.kernel_size, self.stride, strict=True)
-        out = [(size + 2 * pad - dil * (kernel - 1) - 1) // stride + 1 for size, pad, dil, kernel, stride in spans]
+        out = [(size + 2 * pad - dil * (kernel - 1) - 1) // step + 1 for size, pad, dil, kernel, step in spans]
         images = input.numel() // (self.in_channels * math.prod(sizes))
         outputs = images * math.prod(out)
         middles = outputs if len(sizes) == 1 else images * sizes[0] * out[1]

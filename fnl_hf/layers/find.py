@@ -1,6 +1,7 @@
 """Finds the linear layers, embeddings and convolutions that ``target_modules`` asks for, as PEFT understands it."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -44,23 +45,25 @@ def find_layers(model: nn.Module, config: FNLConfig) -> list[Candidate]:
         if name in named or (layer_class(leaf).kind in swept and name not in kept)
     }
     weights = {id(leaf.weight): name for name, leaf in chosen.items()}
+    uses = Counter(id(leaf.weight) for leaf in leaves.values())
     candidates = []
     for name, leaf in leaves.items():
         kind = layer_class(leaf).kind
         if id(leaf.weight) in weights:
-            candidates.append(_candidate(name, leaf, config, swept_up=weights[id(leaf.weight)] not in named))
+            swept_up, tied = weights[id(leaf.weight)] not in named, uses[id(leaf.weight)] > 1
+            candidates.append(_candidate(name, leaf, config, swept_up, tied))
         elif kind in swept:
             candidates.append(Candidate(name, kind, (), doubt=kept[name], yields=True))
     return candidates
 
 
-def _candidate(name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool) -> Candidate:
+def _candidate(name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool, tied: bool) -> Candidate:
     layer = layer_class(leaf)
     if reason := _obstacle(leaf):
         return Candidate(name, layer.kind, (), doubt=reason, yields=swept_up)
     transposed = layer.kind == "linear" and not isinstance(leaf, nn.Linear)
     matrix = leaf.weight.t() if transposed else layer.as_matrix(leaf.weight)
-    target = LayerTarget(name, layer.kind, config.rank_of(name, *matrix.shape), deep=config.form == "deep")
+    target = LayerTarget(name, layer.kind, config.rank_of(name, *matrix.shape), config.form == "deep", tied)
     return Candidate(name, layer.kind, (target,), certain=True, yields=swept_up)
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..algebra import chain
 from ..factorization import Declares, Factorization, FactorLeaf, View
@@ -111,13 +112,17 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     @property
     def weight(self) -> Tensor:
-        """The product, as the ordinary layer's weight; on the meta device the stored factor, as it is loaded there."""
-        if any(parameter.is_meta for parameter in self.factor_parameters()):
+        """The product, as the ordinary layer's weight.
+
+        The stored factor where that has no values to multiply: on the meta device, as it is loaded there, and while it
+        is sharded, as FSDP2 looks for it under this name.
+        """
+        if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in self.factor_parameters()):
             return self._parameters["weight"]
         return self.composed() if torch.compiler.is_compiling() else ComposedWeight(self)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if "_former_parameters" in vars(self) and isinstance(value, Tensor):  # a replica of nn.DataParallel, for one call
+        if "_former_parameters" in vars(self) and isinstance(value, Tensor):  # a replica of nn.DataParallel
             self._parameters[name] = value
             return None
         if name != "weight":

@@ -1,7 +1,7 @@
 """`LayerTarget`: a layer of factors in a plan, and how it takes the place of the ordinary one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -39,11 +39,13 @@ class LayerTarget(Target):
 
     Attributes:
         deep: U M Vᵀ in place of U Vᵀ.
+        tied: other layers of the model have the same weight, so a checkpoint may hold it under their names only.
     """
 
     family: ClassVar[str] = "layers"
 
     deep: bool = False
+    tied: bool = False
 
     def found(self, model: nn.Module) -> Factorization:
         """The weight as it lies in the dense layer."""
@@ -65,14 +67,27 @@ class LayerTarget(Target):
         middle = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
         return left, middle.expand(*left.shape[:-2], -1, -1), right
 
+    @classmethod
+    def with_tied(cls, model: nn.Module, targets: Sequence["LayerTarget"]) -> Sequence["LayerTarget"]:
+        """Adds the output layer of a model with a head, where the plan is of one without."""
+        by_name, more = {target.name: target for target in targets}, []
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            name, one = target.removesuffix(".weight"), by_name.get(source.removesuffix(".weight"))
+            if one is not None and name not in by_name and (leaf := _layer_at(model, target)) is not None:
+                more.append(replace(one, name=name, kind=layer_class(leaf).kind, tied=True))
+        return [*targets, *more]
+
+    def is_tied(self) -> bool:
+        return self.tied
+
     def inputs(self) -> tuple[Activation | None, ...]:
         """What multiplies a linear layer's matrix."""
         return (Activation(self.name, "input", lambda x: x[None]),) if self.kind == "linear" else (None,)
 
     def flaw(self, model: nn.Module | None = None) -> str | None:
         if (flaw := super().flaw(model)) or model is None:
-            if flaw is None and type(self.deep) is not bool:
-                return f"deep is {self.deep!r}, expected true or false"
+            if flaw is None and not (type(self.deep) is type(self.tied) is bool):
+                return f"deep is {self.deep!r} and tied {self.tied!r}, expected true or false"
             known = {layer.kind for layer in LAYERS.values()}
             return flaw if flaw or self.kind in known else f"kind is {self.kind!r}, expected one of {sorted(known)}"
         leaf = model.get_submodule(self.name)
