@@ -5,6 +5,7 @@ from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Declares, Factorization, FactorLeaf, factorizations
 from .heads import HeadProduct
+from .layers import FactorizedConv1d, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
 from .plan import Candidate, Plan, Skip, Target, register_family
@@ -22,6 +23,10 @@ __all__ = [
     "FNLTrainingArguments",
     "FactorLeaf",
     "Factorization",
+    "FactorizedConv1d",
+    "FactorizedConv2d",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
     "HeadProduct",
     "ImposeNorms",
     "Plan",

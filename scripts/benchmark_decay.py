@@ -3,6 +3,7 @@
     python scripts/benchmark_decay.py                         # BERT-base, 8 x 128 tokens, about 4 minutes on 2 cores
     python scripts/benchmark_decay.py --tiny                  # seconds, to see that it runs
     python scripts/benchmark_decay.py --json results.json
+    python scripts/benchmark_decay.py --layers 0.5            # of linear layers and the embedding, in place of heads
     python scripts/benchmark_decay.py --size large --batch 32 --tokens 512 --bf16    # on a GPU
 
 Alternatives measured beside ours, on the same weights: an autograd penalty on the d x d products; a loop over heads;
@@ -12,6 +13,7 @@ implementation can do without, on the weights as they lie and on contiguous copi
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -130,6 +132,23 @@ def svd_of_each_product(products):
     return svd
 
 
+def of_layers(model, options, device) -> None:
+    """What decay of linear layers and of the embedding costs, at a share of their rank, against a step with them."""
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules="all", rank=options.layers))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    step = timed(training_step(model, optimizer, options.batch, options.tokens, device, options.bf16), 3)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    seconds = {kind: timed(partial(fnl_hf.frobenius_decay_, model, 0.01, [kind]), 7) for kind in ("linear", "embedding")}
+    ratios = {f"coupled decay, {kind} / optimizer step": value / step for kind, value in seconds.items()}
+    for name, value in ({"optimizer step": step} | seconds | ratios).items():
+        print(f"{name:52s} {value:12.5f}")
+    if options.json:
+        setting = {"rank": options.layers, "batch": options.batch, "tokens": options.tokens}
+        setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        write_json(options.json, {"setting": setting, "seconds": {"step": step} | seconds, "ratios": ratios})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
@@ -137,6 +156,7 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="base", help="of BERT")
     parser.add_argument("--bf16", action="store_true", help="autocast the optimizer step to bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layers", type=float, metavar="RANK", help="linear layers and the embedding, at this rank")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, a handful of products")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
@@ -145,6 +165,9 @@ def main():
     torch.manual_seed(0)
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     config = BertConfig(**(tiny if options.tiny else SIZES[options.size]))
+    if options.layers is not None:
+        of_layers(BertForMaskedLM(config).to(device), options, device)
+        return
     model = fnl_hf.factorize(BertForMaskedLM(config).to(device), fnl_hf.FNLConfig())
     products = fnl_hf.factorizations(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)

@@ -8,7 +8,7 @@ import fnl_hf
 from fnl_hf.budget import energy_rank, nearest_scale, reference_rank
 from fnl_hf.layers import find_layers
 
-# parameters, [(target ratio, scale, ratio reached, parameters)], the last two where known, as the released code reaches them
+# parameters, [(target ratio, scale, ratio and parameters where known)], as the released code reaches them
 PUBLISHED = {
     ("resnet", 10): (
         7427914,

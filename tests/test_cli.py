@@ -238,3 +238,22 @@ def test_a_closed_pipe_ends_quietly(command, dense, tmp_path):
     assert process.returncode == 0
     assert all(line.startswith("fnl_hf: factorized") for line in errors.splitlines()), errors
     assert command != "factorize" or (tmp_path / "half" / "model.safetensors").exists()  # it does its work
+
+
+def test_layers_by_ratio_by_rank_and_by_energy(dense, tmp_path, capsys):
+    assert run("factorize", dense, tmp_path / "half", "--target_ratio", "0.6") == 0
+    files = [load_file(directory / "model.safetensors") for directory in (dense, tmp_path / "half")]
+    before, after = (sum(tensor.numel() for tensor in file.values()) for file in files)
+    assert 0.55 < after / before <= 0.6
+    assert "stored as factors" in (tmp_path / "half" / "README.md").read_text()
+    quarter = ("--attention", "--target_modules", "all-linear", "--rank", "0.25", "--init", "xavier")
+    assert run("factorize", dense, tmp_path / "quarter", *quarter) == 0
+    assert "12 linear in 12 modules" in capsys.readouterr().out
+    model = tf.AutoModel.from_pretrained(tmp_path / "quarter")
+    assert {product.kind for product in fnl_hf.factorizations(model)} == {"linear"}
+    energy = ("--attention", "--target_modules", "intermediate.dense", "--rank", "energy=0.5", "--form", "deep")
+    assert run("factorize", dense, tmp_path / "energy", *energy) == 0
+    assert run("inspect", tmp_path / "energy") == 0 and run("to-dense", tmp_path / "energy", tmp_path / "again") == 0
+    capsys.readouterr()
+    assert run("factorize", dense, tmp_path / "none", "--rank", "0.5") == 2
+    assert "give target_modules" in capsys.readouterr().err and not (tmp_path / "none").exists()
