@@ -143,7 +143,7 @@ class Evidence:
         """The verdict of a replay on a product of the model; None where nothing replays or reaches it."""
         product = found(self.model)
         owner, _, slot = product.name.rpartition(".")
-        declaration = self.model.get_submodule(product.name)
+        declaration = dict(self.model.named_modules(remove_duplicate=False)).get(product.name)  # None in a dense model
         if isinstance(declaration, FactorLeaf):  # a layer by itself
             owner = product.name
         if any(hasattr(module, "base_layer") for module in self.model.get_submodule(owner).modules()):
@@ -154,7 +154,7 @@ class Evidence:
             return one, one.reason or ""
 
         # a forward that someone has set on one module holds for no other
-        question = "as it is", slot, product.kind, vars(declaration).get("forward")
+        question = "as it is", slot, product.kind, getattr(declaration, "__dict__", {}).get("forward")
         unread = None
         for one, reason in self.tried(owner, product, question, verdict):
             if one and not reason:

@@ -139,7 +139,8 @@ def of_layers(model, options, device) -> None:
     step = timed(training_step(model, optimizer, options.batch, options.tokens, device, options.bf16), 3)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    seconds = {kind: timed(partial(fnl_hf.frobenius_decay_, model, 0.01, [kind]), 7) for kind in ("linear", "embedding")}
+    kinds = ("linear", "embedding")
+    seconds = {kind: timed(partial(fnl_hf.frobenius_decay_, model, 0.01, [kind]), 7) for kind in kinds}
     ratios = {f"coupled decay, {kind} / optimizer step": value / step for kind, value in seconds.items()}
     for name, value in ({"optimizer step": step} | seconds | ratios).items():
         print(f"{name:52s} {value:12.5f}")

@@ -42,9 +42,8 @@ Scoring a finished run on another test set, with two references; results go to r
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from evaluate import EvaluationModule
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -106,6 +105,9 @@ from fnl_hf.tasks.translation import (
 
 LANGUAGES = ("source_lang", "target_lang")
 
+if TYPE_CHECKING:
+    from evaluate import EvaluationModule
+
 
 def score(
     job: Job,
@@ -113,7 +115,7 @@ def score(
     pairs: list[Pair],
     references: References,
     data_args: DataArguments,
-    metric: EvaluationModule | None,
+    metric: "EvaluationModule | None",
 ) -> None:
     """Translate the test set, on all processes; print, save and log its scores and five translations."""
     sources = [source for source, _ in pairs]

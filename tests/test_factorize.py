@@ -266,7 +266,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_a_model_without_attention():
-    with pytest.raises(ValueError, match="no product to factorize; asked for qk and ov: no module has query"):
+    with pytest.raises(ValueError, match="nothing to factorize; asked for qk and ov: no module has query"):
         fnl_hf.factorize(nn.Sequential(nn.Linear(3, 3)), fnl_hf.FNLConfig())
 
 

@@ -399,4 +399,4 @@ def test_a_config_with_layers_round_trips_through_json():
         given = fnl_hf.FNLConfig(**fields)
         again = fnl_hf.FNLConfig.from_dict(json.loads(json.dumps(given.to_dict())))
         assert again == given and type(again.rank) is type(given.rank)
-    assert fnl_hf.FNLConfig(rank=1) != fnl_hf.FNLConfig(rank=1.0)
+    assert fnl_hf.FNLConfig(rank=1, target_modules="all") != fnl_hf.FNLConfig(rank=1.0, target_modules="all")

@@ -198,7 +198,7 @@ def test_a_checkpoint_of_an_unknown_family_is_one_clear_error(factorized, tmp_pa
     factorized[0].save_pretrained(tmp_path)
     family = FAMILIES.pop("thin")
     try:
-        with pytest.raises(ValueError, match="of the family 'thin', and registered are heads: import the package"):
+        with pytest.raises(ValueError, match="of the family 'thin', and registered are heads, layers: import"):
             tf.AutoModel.from_pretrained(tmp_path)
     finally:
         FAMILIES["thin"] = family

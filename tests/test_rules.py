@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 import fnl_hf
 from fnl_hf.rules import FrobeniusDecay, LogFactorizations, Rule
 from fnl_hf.rules.imposed_norms import norms, scale_to_
+from fnl_hf.rules.loss_so_far import LossSoFar
 from tests.test_trainer import examples, make_model
 
 ARGUMENTS = {
@@ -68,7 +69,7 @@ def test_a_rule_of_ones_own_takes_part_in_every_step(tmp_path):
     trainer = make_trainer(
         fnl_hf.factorize(make_model("bert")), tmp_path, [rule], gradient_accumulation_steps=2, weight_decay=0.1
     )
-    assert [type(rule) for rule in trainer.rules] == [LogFactorizations, FrobeniusDecay, Notebook]
+    assert [type(rule) for rule in trainer.rules] == [LogFactorizations, FrobeniusDecay, LossSoFar, Notebook]
     trainer.train()
     assert rule.calls == [
         "bind", "attach", "on_train_begin",

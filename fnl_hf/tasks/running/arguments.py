@@ -15,7 +15,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from fnl_hf import FNLConfig, FNLTrainingArguments
-from fnl_hf.config import ALLOCATIONS, FORMS, INITIALIZATIONS, WILDCARDS
 
 from .errors import InputError, one_line, one_line_errors
 
@@ -120,13 +119,17 @@ class FactorizationArguments:
         metadata={"help": "In place of both ranks: parameters of the whole model after / before, such as 0.5."},
     )
     rank_allocation: str = field(
-        default="uniform", metadata={"help": "How target_ratio is shared.", "choices": ALLOCATIONS}
+        default="uniform", metadata={"help": "How target_ratio is shared: uniform, or error (by singular values)."}
     )
     form: str = field(
-        default="matrix", metadata={"help": "Of layers: matrix (U V^T) or deep (U M V^T).", "choices": FORMS}
+        default="matrix", metadata={"help": "Of layers: matrix (U V^T) or deep (U M V^T)."}
     )
     init: str = field(
-        default="spectral", metadata={"help": "Initialisation of the factors.", "choices": INITIALIZATIONS}
+        default="spectral",
+        metadata={
+            "help": "Initialisation of the factors: spectral or default; of layers also spectral-ones, orthogonal, "
+            "xavier or kaiming, to compare."
+        },
     )
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
@@ -167,10 +170,10 @@ def make_config(arguments: FactorizationArguments) -> FNLConfig | None:
         return None
     ranks = {name: parse_rank(getattr(arguments, name), name) for name in ("head_rank", "rank")}
     names = arguments.target_modules
-    with one_line_errors(ValueError):
+    with one_line_errors(ValueError, NotImplementedError):
         return FNLConfig(
             attention=() if arguments.attention == ["none"] else tuple(arguments.attention),
-            target_modules=names[0] if names is not None and names[0] in WILDCARDS and len(names) == 1 else names,
+            target_modules=names[0] if names in (["all"], ["all-linear"]) else names,
             exclude_modules=arguments.exclude_modules,
             target_ratio=arguments.target_ratio,
             rank_allocation=arguments.rank_allocation,
