@@ -177,9 +177,7 @@ def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved:
 
 
 def _by_fraction(shares: Sequence[Share], fraction: float) -> list[int]:
-    return [
-        max(1, round(fraction * share.full) if share.lone else int(fraction * share.full)) for share in shares
-    ]
+    return [max(1, round(fraction * share.full) if share.lone else int(fraction * share.full)) for share in shares]
 
 
 def _by_error(shares: Sequence[Share]) -> Callable[[Sequence[Share], float], list[int]]:

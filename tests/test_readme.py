@@ -89,6 +89,15 @@ def test_the_figures_are_those_of_the_results():
             continue
         at = " / ".join(row["setting"].removeprefix("rank ") for row in rows)
         assert f"| {name} | {at} | {' / '.join(share)} | {' / '.join(reached)} |" in text
+    tuned = json.loads((RESULTS / "finetuning_cpu.json").read_text())["BLEU"]
+    before = tuned.pop("before")
+    assert f"| before | {before['new']:.2f} | {before['shipped']:.2f} |" in text
+    for name, row in tuned.items():
+        cells = [" / ".join(f"{row['fine-tuned'][seed][key]:.2f}" for seed in "12") for key in ("new", "shipped")]
+        if "factorized" in row:
+            start = row["factorized"]
+            assert f"| {name}: factorized | {start['new']:.2f} | {start['shipped']:.2f} |" in text
+        assert f"| {name}{':' if 'factorized' in row else ','} fine-tuned | {' | '.join(cells)} |" in text
     rows = json.loads((RESULTS / "attention_coverage.json").read_text())["types"].values()
     attention = [row for row in rows if row.get("executed")]
     clean = [row for row in attention if not row["wrong"] and not row["missed"]]

@@ -18,6 +18,7 @@ from .layer import FactorizedLayer
 # Of their multiplications' time: two thin convolutions run at a lower rate than the square one that they stand for
 LOWER_RATE = 1.15
 
+
 class _FactorizedConv(FactorizedLayer):
     kind = "conv"
 

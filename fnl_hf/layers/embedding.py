@@ -30,9 +30,7 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
         tokens, square = input.numel(), 0 if middle is None else rank * rank
         weight = None
         if tokens > rows:  # as many products as composing all rows takes
-            weight = self._dense_weight(
-                tokens * (rank * columns + square), 0, rows * (rank * columns + square)
-            )
+            weight = self._dense_weight(tokens * (rank * columns + square), 0, rows * (rank * columns + square))
         if weight is not None:
             output = F.embedding(input, weight, padding)
         else:

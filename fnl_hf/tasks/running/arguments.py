@@ -121,9 +121,7 @@ class FactorizationArguments:
     rank_allocation: str = field(
         default="uniform", metadata={"help": "How target_ratio is shared: uniform, or error (by singular values)."}
     )
-    form: str = field(
-        default="matrix", metadata={"help": "Of layers: matrix (U V^T) or deep (U M V^T)."}
-    )
+    form: str = field(default="matrix", metadata={"help": "Of layers: matrix (U V^T) or deep (U M V^T)."})
     init: str = field(
         default="spectral",
         metadata={
