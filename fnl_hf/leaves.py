@@ -23,7 +23,11 @@ def is_plain_linear(leaf: nn.Module | None) -> bool:
         return False
     if list(inspect.signature(type(leaf)).parameters) != list(inspect.signature(nn.Linear).parameters):
         return False  # what else it was made from would be lost
-    if {name for name in vars(leaf) if not name.startswith("_")} != _LINEAR or len(list(leaf.parameters())) > 2:
+    if (
+        leaf._buffers
+        or {name for name in vars(leaf) if not name.startswith("_")} != _LINEAR
+        or len(list(leaf.parameters())) > 2
+    ):
         return False  # it has state of its own
     if leaf.weight.is_meta:
         return True

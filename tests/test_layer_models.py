@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.layers import FactorizedEmbedding, FactorizedLayer, FactorizedLinear
@@ -473,3 +474,18 @@ def test_lora_on_layers_trains_and_a_merge_says_what_to_do(name, targets, rank):
     fnl_hf.to_dense(adapted)
     assert relative(logits(adapted, inputs), expected) < 1e-9
     assert relative(logits(adapted.merge_and_unload(), inputs), expected) < 1e-9
+
+
+def test_a_scale_that_no_checkpoint_holds_is_kept(tmp_path):
+    """Gemma 3 fills the buffer anew, in embeddings of its own class only."""
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 30}
+    model = tf.Gemma3TextModel(tf.Gemma3TextConfig(num_attention_heads=2, num_key_value_heads=1, **size)).eval()
+    before = model(torch.arange(6)[None]).last_hidden_state
+    config = fnl_hf.FNLConfig(attention=(), target_modules="all")
+    assert_close(fnl_hf.factorize(model, config)(torch.arange(6)[None]).last_hidden_state, before, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "factorized")
+    loaded = tf.AutoModel.from_pretrained(tmp_path / "factorized")
+    assert torch.equal(loaded(torch.arange(6)[None]).last_hidden_state, model(torch.arange(6)[None]).last_hidden_state)
+    fnl_hf.to_dense(loaded).save_pretrained(tmp_path / "dense")
+    for dense in (loaded, tf.AutoModel.from_pretrained(tmp_path / "dense")):
+        assert_close(dense(torch.arange(6)[None]).last_hidden_state, before, rtol=1e-4, atol=1e-4)

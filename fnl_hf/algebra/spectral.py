@@ -19,12 +19,15 @@ def of_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     rows, columns = matrix.shape[-2:]
     if rows >= TALL * columns and matrix.dtype != torch.float64:
-        return _split(*_tall_svd(matrix), rank, scale=None, dtype=matrix.dtype)
-    if columns >= TALL * rows and matrix.dtype != torch.float64:
-        left, sigma, right = _tall_svd(matrix.mT)
-        return _split(right.mT, sigma, left.mT, rank, scale=None, dtype=matrix.dtype)
-    left, sigma, right = torch.linalg.svd(accumulating(matrix), full_matrices=False)
-    return _split(left, sigma, right, rank, scale=None, dtype=matrix.dtype)
+        left, sigma, right = _tall_svd(matrix)
+    elif columns >= TALL * rows and matrix.dtype != torch.float64:
+        right, sigma, left = _tall_svd(matrix.mT)
+        left, right = left.mT, right.mT
+    else:
+        left, sigma, right = torch.linalg.svd(accumulating(matrix), full_matrices=False)
+    left, right = _split(left, sigma, right, rank, scale=None, dtype=matrix.dtype)
+    # A row of zeros (padding) is one of zeros, not of rounding: some models normalise what they look up.
+    return left.masked_fill(matrix.eq(0).all(-1, keepdim=True), 0.0), right
 
 
 def of_product(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

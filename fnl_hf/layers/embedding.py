@@ -15,6 +15,17 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
     """
 
     kind = "embedding"
+    scale: float | None = None  # in place of an ``embed_scale`` that the ordinary layer keeps as a buffer
+
+    def _dimensions(self, leaf: nn.Module) -> None:
+        self._buffers.pop("embed_scale", None)  # not in checkpoints, and filled again only in classes that are known
+
+    def dense(self) -> nn.Module:
+        dense = super().dense()
+        if self.scale is not None:
+            kept = self._ordinary[0].embed_scale
+            dense._buffers["embed_scale"] = torch.tensor(self.scale, dtype=kept.dtype, device=dense.weight.device)
+        return dense
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -40,10 +51,9 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
             output = F.linear(thin, right)
             if padding is not None and torch.is_grad_enabled() and right.requires_grad:
                 output = torch.where((input == padding).unsqueeze(-1), output.detach(), output)
-        scale = getattr(self, "embed_scale", None)
-        if scale is None:
-            return output
-        return output * (scale.to(output.dtype) if isinstance(scale, Tensor) else scale)
+        if self.scale is not None:
+            return output * output.new_tensor(self.scale)  # rounded to the precision of the output, as a buffer is
+        return output * self.embed_scale if "embed_scale" in self.__dict__ else output
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"

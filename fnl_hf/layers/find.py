@@ -63,7 +63,9 @@ def _candidate(name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool, ti
         return Candidate(name, layer.kind, (), doubt=reason, yields=swept_up)
     transposed = layer.kind == "linear" and not isinstance(leaf, nn.Linear)
     matrix = leaf.weight.t() if transposed else layer.as_matrix(leaf.weight)
-    target = LayerTarget(name, layer.kind, config.rank_of(name, *matrix.shape), config.form == "deep", tied)
+    scale = leaf._buffers.get("embed_scale")
+    scale = None if scale is None else float(scale)
+    target = LayerTarget(name, layer.kind, config.rank_of(name, *matrix.shape), config.form == "deep", tied, scale)
     return Candidate(name, layer.kind, (target,), certain=True, yields=swept_up)
 
 

@@ -1,5 +1,6 @@
 """`LayerTarget`: a layer of factors in a plan, and how it takes the place of the ordinary one."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -39,6 +40,7 @@ class LayerTarget(Target):
 
     Attributes:
         deep: U M Vᵀ in place of U Vᵀ.
+        scale: what an embedding multiplies its rows by, where it keeps that in a buffer, which no checkpoint holds.
         tied: other layers of the model have the same weight, so a checkpoint may hold it under their names only.
     """
 
@@ -46,6 +48,7 @@ class LayerTarget(Target):
 
     deep: bool = False
     tied: bool = False
+    scale: float | None = None
 
     def found(self, model: nn.Module) -> Factorization:
         """The weight as it lies in the dense layer."""
@@ -74,7 +77,10 @@ class LayerTarget(Target):
         for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             name, one = target.removesuffix(".weight"), by_name.get(source.removesuffix(".weight"))
             if one is not None and name not in by_name and (leaf := _layer_at(model, target)) is not None:
-                more.append(replace(one, name=name, kind=layer_class(leaf).kind, tied=True))
+                kind = layer_class(leaf).kind
+                more.append(
+                    replace(one, name=name, kind=kind, tied=True, scale=one.scale if kind == one.kind else None)
+                )
         return [*targets, *more]
 
     def is_tied(self) -> bool:
@@ -88,6 +94,9 @@ class LayerTarget(Target):
         if (flaw := super().flaw(model)) or model is None:
             if flaw is None and not (type(self.deep) is type(self.tied) is bool):
                 return f"deep is {self.deep!r} and tied {self.tied!r}, expected true or false"
+            is_scale = self.kind == "embedding" and type(self.scale) is float and math.isfinite(self.scale)
+            if flaw is None and not (self.scale is None or is_scale):
+                return f"scale is {self.scale!r}, expected a number, of an embedding, or null"
             known = {layer.kind for layer in LAYERS.values()}
             return flaw if flaw or self.kind in known else f"kind is {self.kind!r}, expected one of {sorted(known)}"
         leaf = model.get_submodule(self.name)
@@ -108,6 +117,8 @@ class LayerTarget(Target):
             if leaf in layers:  # one layer in two places
                 continue
             layer = layers[leaf] = layer_class(leaf).replacing(leaf, target.rank, target.deep)
+            if target.scale is not None:
+                layer.scale = target.scale
             one = first.setdefault(id(leaf.weight), layer)
             if one is not layer:
                 layer.tie(one)
