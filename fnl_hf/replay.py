@@ -256,7 +256,8 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return len(value) <= 16 and all(map(_is_plain, (*value, *value.values())))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _is_plain([getattr(value, "__dict__", {}).get(each.name) for each in dataclasses.fields(value)])  # some raise when read
+        held = getattr(value, "__dict__", {})  # configs raise where layers differ in an attribute that is read of all
+        return _is_plain([held.get(each.name) for each in dataclasses.fields(value)])
     return isinstance(value, (bool, int, float, str, type(None), torch.dtype, enum.Enum, FunctionType))
 
 
