@@ -163,7 +163,8 @@ def test_other_versions_are_a_warning(monkeypatch, capsys, tmp_path, finished):
 
     known["versions"]["processes"] = "2"  # whose step was of two batches
     (out / "run.json").write_text(json.dumps(known))
-    assert "holds a run of 2 process(es), and these are 1" in refused(monkeypatch, capsys, out)
+    assert "holds a run of 2 process(es), and these are 1" in refused(monkeypatch, capsys, out, max_steps=5)
+    run_script(monkeypatch, TRANSLATION, **TINY, output_dir=out)  # which only scores what is finished
 
 
 def test_another_start_is_another_run(monkeypatch, capsys, tmp_path, finished):

@@ -263,9 +263,9 @@ def test_fifty_pairs_are_learned_by_heart(name, head_rank, checkpoint, pairs, tm
         for source, target in chosen
     ]
     args = fnl_hf.FNLSeq2SeqTrainingArguments(
-        output_dir=tmp_path, max_steps=220, learning_rate=8e-3, warmup_steps=20, per_device_train_batch_size=50,
+        output_dir=tmp_path, max_steps=280, learning_rate=8e-3, warmup_steps=20, per_device_train_batch_size=50,
         label_smoothing_factor=0.1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-        lr_scheduler_type="linear", logging_steps=220,
+        lr_scheduler_type="linear", logging_steps=280,
     )  # fmt: skip
     trainer = fnl_hf.FNLSeq2SeqTrainer(
         model, args, train_dataset=rows, data_collator=TranslationCollator.of(model, tokenizer)

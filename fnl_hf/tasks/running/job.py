@@ -134,7 +134,6 @@ class Job:
             say(f"warning: {folder} was made before runs were recorded. Whether this is its command is not known.")
         else:
             record.check_arguments_recorded(folder, known, self._arguments, self._may_change)
-            record.check_processes_recorded(folder, known, self.args.world_size)
             if changes := record.version_changes(known, record.versions(self.args.world_size)):
                 say(f"warning: {folder} was started with {'; '.join(changes)}. Its end may differ a little.")
         return checkpoint, known
@@ -168,6 +167,8 @@ class Job:
                 )
             patience = getattr(self.args, "early_stopping_patience", None)
             self.finished = is_finished(self.checkpoint, self.args.max_steps, patience)
+            if self._record is not None and not self.finished:
+                record.check_processes_recorded(self.output_dir, self._record, self.args.world_size)
             stands = "training is finished." if self.finished else "training resumes there."
             say(f"Found {self.checkpoint}: {stands}")
 
