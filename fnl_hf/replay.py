@@ -180,7 +180,8 @@ class new_basis:  # noqa: N801
 
 # ----------------------------------------------------------------------------------------------------
 
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
+# What a declaration was installed for has its name in it, and no forward reads it.
+_OF_EVERY_MODULE = vars(nn.Module()).keys() | {"planned", "settings"}
 FLAGS = 4  # entries that a buffer may have to be a flag or a scale
 _NAMED = re.compile(r".*(cache|past|is_updated|layers\[|logger|warn).*")  # a line that looks a layer up, or tells of it
 _LAYER_NUMBER = re.compile(r"(^|_)(layer|block)_?(idx|id|index|num|number)$|^idx$")

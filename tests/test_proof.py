@@ -730,3 +730,13 @@ def test_the_reason_says_what_to_pass():
     assert len(fnl_hf.factorizations(model)) == 2
     evidence = Evidence(model, {"x": torch.randn(1, 3, 16)}, {"attention.qk"})
     assert evidence.chosen([("attention.qk", "qk", lambda root: fnl_hf.factorizations(model)[0])])[0] is None
+
+
+def test_verify_replays_equal_layers_once():
+    """What a declaration was installed for has the name of its layer in it, which is no difference."""
+    model, inputs = build("bert")
+    fnl_hf.factorize(model, fnl_hf.FNLConfig())
+    layers = [layer.attention for layer in model.encoder.layer]
+    assert len(layers) == 2 and fingerprint(layers[0]) == fingerprint(layers[1])
+    verdicts = fnl_hf.verify(model, **inputs)
+    assert verdicts and len(verdicts.verdicts) == 4
