@@ -1,5 +1,6 @@
 """`FactorizedLinear`: a linear layer whose matrix is a product of factors, in place of ``nn.Linear`` or ``Conv1D``."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -40,6 +41,10 @@ class FactorizedLinear(FactorizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         parameters = self._parameters  # an attribute of a module takes as long to read as a small product to compute
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            weight = self._kept_still("composed")  # and a decision as long as a small one
+            if weight is not None:
+                return F.linear(input, weight.mT if self.transposed else weight, parameters["bias"])
         left, middle, right = parameters["weight"], parameters.get("middle"), parameters["right"]
         rows, (columns, rank) = left.shape[0], right.shape
         if rank * (rows + columns) >= WORTH_TWO_CALLS * rows * columns:  # else factor by factor, whatever the batch
