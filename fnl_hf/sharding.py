@@ -55,7 +55,7 @@ def decay_gradients(products: Sequence[Factorization], of_products: Sequence) ->
             if parameter.requires_grad:
                 whole = gradient.new_zeros(parameter.shape)
                 view.read(whole).copy_(gradient)
-                shard = whole[_rows(parameter)]
+                shard = whole[own_rows(parameter)]
                 shards[parameter] = shards[parameter].add_(shard) if parameter in shards else shard.clone()
     return {parameter: _like(parameter, shard) for parameter, shard in shards.items()}
 
@@ -94,7 +94,7 @@ def _padded(view: View) -> Tensor:
         return view.read(parameter.full_tensor())
     shard = parameter.to_local()
     whole = shard.new_zeros(parameter.shape)
-    whole[_rows(parameter)] = shard
+    whole[own_rows(parameter)] = shard
     return view.read(whole)
 
 
@@ -109,7 +109,7 @@ def _cuts_heads(view: View) -> bool:
     return bool((features.amin(axis) != features.amax(axis)).any())
 
 
-def _rows(parameter: DTensor) -> slice:
+def own_rows(parameter: DTensor) -> slice:
     """The rows of the process's own shard."""
     axis = _shard_axis(parameter)
     chunk = _chunk(parameter.shape[0], parameter.device_mesh.size(axis))

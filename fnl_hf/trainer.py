@@ -7,10 +7,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .config import FNLConfig
 from .divergence import check_finite
+from .factorization import factorizations
+from .layers import hidden_matrices
 from .loss import LabelCount, labels_of
 from .optim import NAG, Lamb
 from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, Rule
 from .saving import own_names
+from .spectron import Spectron
 from .training_arguments import FNLArguments
 from .warm_start import WarmStartMixin
 
@@ -79,17 +82,33 @@ class FNLTrainerMixin(WarmStartMixin):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
-        """As in `Trainer`, and LAMB and NAG for ``fnl_optim``."""
+        """As in `Trainer`, and LAMB, NAG and Spectron for ``fnl_optim``.
+
+        Raises:
+            ValueError: Spectron beside an ``optim`` other than torch's AdamW.
+        """
         if args.fnl_optim == "lamb":
             return Lamb, {
                 "lr": args.learning_rate,
                 "betas": (args.adam_beta1, args.adam_beta2),
                 "eps": args.adam_epsilon,
             }
+        pairs = (pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
         if args.fnl_optim == "nag":
-            pairs = (pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
             return NAG, {"lr": args.learning_rate, **{name: float(value) for name, value in pairs}}
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.fnl_optim == "spectron":
+            if kind is not torch.optim.AdamW:
+                raise ValueError(
+                    f"fnl_optim is 'spectron', which steps what is no hidden matrix by AdamW, but optim is "
+                    f"{args.optim!r}: leave it at 'adamw_torch_fused' or 'adamw_torch'"
+                )
+            if args.factor_learning_rate is not None:
+                options["factor_lr"] = args.factor_learning_rate
+            if model is not None:
+                options |= {"products": lambda: factorizations(model), "matrices": hidden_matrices(model)}
+            return Spectron, options | {name: float(value) for name, value in pairs}
+        return kind, options
 
     def create_optimizer(self, *args, **kwargs):
         """As in `Trainer`; every rule is attached to what is made."""

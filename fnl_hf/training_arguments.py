@@ -9,7 +9,7 @@ from .rules.frobenius_decay import SCHEDULES
 from .warm_start import parse_switch
 
 _MODES = ("auto", "coupled", "decoupled")
-_OPTIMIZERS = ("lamb", "nag")
+_OPTIMIZERS = ("lamb", "nag", "spectron")
 
 
 @dataclass
@@ -31,6 +31,11 @@ class FNLArguments:
         fnl_optim (`str`, *optional*):
             An optimizer beside those of `optim`. `"lamb"`: with decoupled decay FLAMBé, with coupled decay the paper's
             LAMB + FD; betas and epsilon from `adam_*`. `"nag"`: fairseq's Nesterov momentum (0.99, or `optim_args`).
+            `"spectron"`: steps of bounded spectral norm on hidden matrices and products of two factors (momentum 0.95,
+            or `optim_args`), AdamW with the usual arguments on everything else; a dense model is trained by Muon.
+        factor_learning_rate (`float`, *optional*):
+            Of Spectron: how far a product moves in a step, by spectral norm, at the top of the schedule; 0.03 if not
+            given, for models of any width.
         factorize_at (`str`, *optional*):
             Train the dense model first and factorize it after this step (`"300"`), this share of the run (`"0.25"`),
             or when the stable ranks have settled (`"stable"`; by half the run at the latest). The config goes to
@@ -78,8 +83,16 @@ class FNLArguments:
         metadata={
             "help": "An optimizer beside those of --optim. lamb: with decoupled decay FLAMBé, with coupled decay the "
             "paper's LAMB + FD; betas and epsilon from adam_*. nag: fairseq's Nesterov momentum (0.99, or "
-            "--optim_args momentum=...).",
+            "--optim_args momentum=...). spectron: steps of bounded spectral norm on hidden matrices and products of "
+            "two factors, AdamW on everything else.",
             "choices": _OPTIMIZERS,
+        },
+    )
+    factor_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of spectron: how far a product moves in a step, by spectral norm, at the top of the schedule; "
+            "0.03 if not given."
         },
     )
 
@@ -107,6 +120,17 @@ class FNLArguments:
                 raise ValueError(
                     f"factorize_at is {self.factorize_at!r}, but the run has {self.max_steps} steps: give an earlier "
                     "step, or a fraction below 1"
+                )
+        if self.factor_learning_rate is not None:
+            if self.fnl_optim != "spectron":
+                raise ValueError(
+                    f"factor_learning_rate is {self.factor_learning_rate}, but fnl_optim is {self.fnl_optim!r}: it is "
+                    "a rate of 'spectron'"
+                )
+            if not 0 <= self.factor_learning_rate < 1:
+                raise ValueError(
+                    f"factor_learning_rate is {self.factor_learning_rate}, expected at least 0 and below 1: it bounds "
+                    "how far a product moves in a step, by spectral norm"
                 )
         if self.frobenius_decay is not None:
             check_coefficient(self.frobenius_decay, "frobenius_decay")

@@ -248,19 +248,12 @@ class WarmStartMixin:
         self._warm_start.due = False
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         dense = self.optimizer.optimizer  # without accelerate's wrapper
-        options = {
-            names[parameter]: {key: value for key, value in group.items() if key not in ("params", "weight_decay")}
-            for group in dense.param_groups
-            for parameter in group["params"]
-        }
         carried = switch(self.model, self._warm_start.config, {names[p]: state for p, state in dense.state.items()})
         self.model_wrapped, self.optimizer = self.model, None
         optimizer = self.create_optimizer()
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for group in optimizer.param_groups:
-            # Factors under new names go by those that they share a group with
-            known = [options[names[p]] for p in group["params"] if names[p] in options] or list(options.values())
-            group.update(known[-1])
+        for group, before in zip(optimizer.param_groups, dense.param_groups, strict=True):
+            group.update({key: value for key, value in before.items() if key not in ("params", "weight_decay")})
             for parameter in group["params"]:
                 if names[parameter] in carried:
                     optimizer.state[parameter] = carried[names[parameter]]

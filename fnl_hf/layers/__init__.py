@@ -8,7 +8,7 @@ plan, `layer` what all layers of factors have in common, `linear`, `embedding`, 
 from . import resizing
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .embedding import FactorizedEmbedding
-from .find import find_layers
+from .find import find_layers, hidden_matrices
 from .layer import FactorizedLayer
 from .linear import FactorizedLinear
 from .target import LayerTarget
@@ -21,5 +21,6 @@ __all__ = [
     "FactorizedLinear",
     "LayerTarget",
     "find_layers",
+    "hidden_matrices",
     "resizing",
 ]

@@ -57,6 +57,17 @@ def find_layers(model: nn.Module, config: FNLConfig) -> list[Candidate]:
     return candidates
 
 
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Dense weights of the linear layers that "all-linear" means, each once: no outputs, classifiers or embeddings."""
+    leaves = {
+        name: leaf
+        for name, leaf in model.named_modules()
+        if layer_class(leaf) and layer_class(leaf).kind == "linear" and is_plain_linear(leaf) and _holds(leaf)
+    }
+    kept = _kept(model, leaves)
+    return list(dict.fromkeys(leaf.weight for name, leaf in leaves.items() if name not in kept))
+
+
 def _candidate(name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool, tied: bool) -> Candidate:
     layer = layer_class(leaf)
     if reason := _obstacle(leaf):
