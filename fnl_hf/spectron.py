@@ -1,9 +1,9 @@
 """Spectron: factors move in the metric of their product, by steps whose spectral norm is bounded.
 
-AdamW moves U and V, and how far U Vᵀ then moves depends on how large they are. Here every hidden matrix, a product or a
-dense one, moves by at most η in spectral norm: a dense one by its momentum's polar factor (Jordan et al., *Muon*, 2024),
-both factors of a product by theirs, with one ρ in front that bounds what the two together do to the product. Everything
-else is stepped by AdamW.
+AdamW moves U and V, and how far U Vᵀ then moves depends on how large they are. Here every hidden matrix, a product or
+a dense one, moves by at most η in spectral norm: a dense one by its momentum's polar factor (Jordan et al., *Muon*,
+2024), both factors of a product by theirs, with one ρ in front that bounds what the two together do to the product.
+Everything else is stepped by AdamW.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from .sharding import own_rows
 FACTOR_LR = 0.03
 # How far a dense matrix moves, of η. ρ bounds the two halves of a product's step as if they added up; they seldom do.
 OF_DENSE = 0.4
-METHODS = ("adamw", "spectron", "muon")
+_WAYS = ("adamw", "spectron", "muon")
 _AT_ONCE = 2**25  # entries of matrices of one shape that are orthogonalized together
 
 
@@ -92,7 +92,7 @@ class Spectron(Optimizer):
         super().__init__(
             [
                 {**group, "params": some, "method": method} | ({} if method == "adamw" else {"lr": factor_lr})
-                for method in METHODS
+                for method in _WAYS
                 for group in groups
                 for some in [[p for p in group["params"] if method_of.get(p, "adamw") == method]]
             ],
@@ -187,7 +187,7 @@ class _Product:
 
 
 def _steppable(products: Sequence[Factorization], held: set[nn.Parameter]) -> list[Factorization]:
-    """Those that can be stepped as products: of two factors, in parameters that are held and that nothing else reads."""
+    """Those that can be stepped as products: of two factors, in parameters that are held and hold nothing else."""
     readers = Counter((view.parameter, view.offset) for product in products for view in product.views)
     chosen = [
         product

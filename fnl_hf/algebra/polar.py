@@ -1,7 +1,7 @@
 """Polar factors by Newton-Schulz, and spectral norms by power iteration: what steps of bounded spectral norm take.
 
-The polar factor of M = A Σ Bᵀ is A Bᵀ: of all matrices of spectral norm 1 the one with the largest inner product with M,
-and so the steepest direction where steps are measured by their spectral norm (Jordan et al., *Muon*, 2024).
+The polar factor of M = A Σ Bᵀ is A Bᵀ: of all matrices of spectral norm 1 the one with the largest inner product with
+M, and so the steepest direction where steps are measured by their spectral norm (Jordan et al., *Muon*, 2024).
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .tensors import accumulating
 
-# x ← a x + b x³ + c x⁵ of every singular value. Jordan et al. chose them for the steepest rise at 0, so that small values
-# have grown within five steps; it does not converge, but leaves values between 0.7 and 1.2.
+# x ← a x + b x³ + c x⁵ of every singular value. Jordan et al. chose them for the steepest rise at 0, so that small
+# values have grown within five steps; it does not converge, but leaves values between 0.7 and 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 _TALL = 2  # times as many rows as columns: from there on iterating on the Gram matrix costs less
