@@ -198,7 +198,7 @@ def _steppable(products: Sequence[Factorization], held: set[nn.Parameter]) -> li
         read = Counter()
         for product in chosen:
             for view in product.views:
-                read[view.parameter] += view().numel()
+                read[view.parameter] += view.read(torch.empty(view.parameter.shape, device="meta")).numel()
         kept = [
             product
             for product in chosen

@@ -3,7 +3,7 @@
     python scripts/benchmark_decay.py                         # BERT-base, 8 x 128 tokens, about 4 minutes on 2 cores
     python scripts/benchmark_decay.py --tiny                  # seconds, to see that it runs
     python scripts/benchmark_decay.py --json results.json
-    python scripts/benchmark_decay.py --layers 0.5            # of linear layers and the embedding, in place of heads
+    python scripts/benchmark_decay.py --layers 0.25 0.5       # of linear layers and the embedding, and of Spectron
     python scripts/benchmark_decay.py --size large --batch 32 --tokens 512 --bf16    # on a GPU
 
 Alternatives measured beside ours, on the same weights: an autograd penalty on the d x d products; a loop over heads;
@@ -24,7 +24,9 @@ import fnl_hf
 from fnl_hf.algebra import chain
 from fnl_hf.decay import decay_step
 from fnl_hf.initialization import initial_factors
+from fnl_hf.layers import hidden_matrices
 from fnl_hf.measure import gradient_norms, measurements
+from fnl_hf.spectron import Spectron
 from fnl_hf.tasks.running import write_json
 
 SIZES = {
@@ -38,16 +40,22 @@ SIZES = {
 }
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+
+
 def timed(function, repeats: int, warmup: int = 1) -> float:
-    """Median seconds of a call."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    """Median seconds of a call; of one CPU thread its own, without what other jobs take."""
+    on_gpu = torch.cuda.is_available()
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     times = []
     for _ in range(warmup + repeats):
         synchronize()
-        start = time.perf_counter()
+        start = clock()
         function()
         synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return median(times[warmup:])
 
 
@@ -132,22 +140,26 @@ def svd_of_each_product(products):
     return svd
 
 
-def of_layers(model, options, device) -> None:
-    """What decay of linear layers and of the embedding costs, at a share of their rank, against a step with them."""
-    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules="all", rank=options.layers))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    step = timed(training_step(model, optimizer, options.batch, options.tokens, device, options.bf16), 3)
+def of_layers(config, rank, options, device) -> dict:
+    """What decay and Spectron cost on linear layers and the embedding, at a share of their rank: shares of a step."""
+    model = BertForMaskedLM(config).to(device)
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules="all", rank=rank))
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    seconds = {
+        "optimizer step": timed(training_step(model, adamw, options.batch, options.tokens, device, options.bf16), 3)
+    }
+    spectron = Spectron(model.parameters(), lambda: fnl_hf.factorizations(model), hidden_matrices(model), fused=True)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    kinds = ("linear", "embedding")
-    seconds = {kind: timed(partial(fnl_hf.frobenius_decay_, model, 0.01, [kind]), 7) for kind in kinds}
-    ratios = {f"coupled decay, {kind} / optimizer step": value / step for kind, value in seconds.items()}
-    for name, value in ({"optimizer step": step} | seconds | ratios).items():
+        parameter.grad = torch.randn_like(parameter)
+    for kind in ("linear", "embedding"):
+        seconds[f"coupled decay, {kind}"] = timed(partial(fnl_hf.frobenius_decay_, model, 0.01, [kind]), 7)
+    seconds |= {"AdamW's part": timed(adamw.step, 5), "Spectron's part": timed(spectron.step, 5)}
+    step = seconds["optimizer step"]
+    ratios = {f"{name} / optimizer step": value / step for name, value in list(seconds.items())[1:]}
+    print(f"\nlinear layers and the embedding at rank {rank}")
+    for name, value in (seconds | ratios).items():
         print(f"{name:52s} {value:12.5f}")
-    if options.json:
-        setting = {"rank": options.layers, "batch": options.batch, "tokens": options.tokens}
-        setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        write_json(options.json, {"setting": setting, "seconds": {"step": step} | seconds, "ratios": ratios})
+    return {"rank": rank, "seconds": seconds, "ratios": ratios}
 
 
 def main():
@@ -157,7 +169,7 @@ def main():
     parser.add_argument("--size", choices=SIZES, default="base", help="of BERT")
     parser.add_argument("--bf16", action="store_true", help="autocast the optimizer step to bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=float, metavar="RANK", help="linear layers and the embedding, at this rank")
+    parser.add_argument("--layers", type=float, nargs="+", metavar="RANK", help="of linear layers and the embedding")
     parser.add_argument("--tiny", action="store_true", help="two narrow layers, a handful of products")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
@@ -167,7 +179,12 @@ def main():
     tiny = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     config = BertConfig(**(tiny if options.tiny else SIZES[options.size]))
     if options.layers is not None:
-        of_layers(BertForMaskedLM(config).to(device), options, device)
+        found = [of_layers(config, rank, options, device) for rank in options.layers]
+        setting = {"model": "tiny" if options.tiny else f"bert-{options.size}", "device": device_name(device)}
+        setting |= {"batch": options.batch, "tokens": options.tokens, "bf16": options.bf16}
+        setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        if options.json:
+            write_json(options.json, {"setting": setting, "layers": found})
         return
     model = fnl_hf.factorize(BertForMaskedLM(config).to(device), fnl_hf.FNLConfig())
     products = fnl_hf.factorizations(model)
@@ -222,10 +239,13 @@ def main():
         print(f"{name:52s} {value:12.5f}")
     if options.json:
         setting = {"model": "tiny" if options.tiny else f"bert-{options.size}", "products": count}
-        setting |= {"batch": options.batch, "tokens": options.tokens, "bf16": options.bf16, "device": str(device)}
+        setting |= {
+            "batch": options.batch,
+            "tokens": options.tokens,
+            "bf16": options.bf16,
+            "device": device_name(device),
+        }
         setting |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        if device.type == "cuda":
-            setting["device"] = torch.cuda.get_device_name()
         write_json(options.json, {"setting": setting, "seconds": seconds, "ratios": ratios})
 
 

@@ -25,7 +25,7 @@ if at == "start":
     fnl_hf.factorize(model, config)
 args = fnl_hf.FNLTrainingArguments(
     output_dir=out + ".run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3,
-    learning_rate=0.05, optim=optim, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
+    learning_rate=0.05, **({{"fnl_optim": optim}} if optim == "spectron" else {{"optim": optim}}), lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
     disable_tqdm=True, frobenius_decay=0.05, frobenius_decay_mode=mode, max_grad_norm=1.0, weight_decay=0.01,
     train_sampling_strategy="sequential", factorize_at=None if at == "start" else at,
 )
@@ -71,6 +71,7 @@ def run(tmp_path, name, processes, *arguments):
         ("gpt2", "sgd", "decoupled", "start"),
         ("bert", "adamw_torch", "decoupled", "start"),
         ("bert", "adamw_torch", "decoupled", "1"),  # all processes switch together
+        ("bert", "spectron", "decoupled", "1"),
     ],
 )
 def test_two_processes_make_the_update_of_one(model_type, optim, mode, at, tmp_path):

@@ -1,6 +1,10 @@
 """Spectron: bounded steps, by hand and against loops; which parameter is stepped how; what it keeps."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -374,3 +378,61 @@ def test_half_precision_weights():
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for parameter, state in optimizer.state.items():
         assert all(torch.equal(loaded.state[parameter][key], value) for key, value in state.items() if key != "step")
+
+
+SHARDED = """
+import copy, sys, torch
+import torch.distributed as dist
+import transformers as tf
+from torch.distributed.fsdp import fully_shard
+from torch.testing import assert_close
+sys.path.insert(0, {root!r})
+import fnl_hf
+from tests.families import BERT
+from tests.test_spectron import LAYERS, spectron
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+gpt2 = tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)
+narrow = tf.BertConfig(**(BERT | dict(hidden_size=24, num_attention_heads=3)))
+models = [
+    fnl_hf.factorize(tf.BertForMaskedLM(tf.BertConfig(**BERT)), LAYERS),
+    fnl_hf.factorize(tf.BertForMaskedLM(narrow), fnl_hf.FNLConfig(head_rank=0.5)),
+    fnl_hf.factorize(tf.GPT2LMHeadModel(gpt2)),
+    tf.BertForMaskedLM(tf.BertConfig(**BERT)),
+]
+for model in models:
+    model = model.double().eval()
+    batches = [torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(r)) for r in (0, 1)]
+    reference, sharded = copy.deepcopy(model), copy.deepcopy(model)
+    for module in sharded.modules():
+        if type(module).__name__ in ("BertLayer", "GPT2Block"):
+            fully_shard(module)
+    fully_shard(sharded)
+    for replica, batch in ((reference, torch.cat(batches)), (sharded, batches[rank])):
+        optimizer = spectron(replica, weight_decay=0.1)
+        for _ in range(3):
+            replica(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    start, got = dict(model.named_parameters()), dict(sharded.named_parameters())
+    for name, expected in reference.named_parameters():
+        update, actual = (p.detach() - start[name].detach() for p in (expected, got[name].full_tensor()))
+        assert_close(actual, update, rtol=1e-4, atol=1e-7, msg=lambda m: f"{{name}} {{m}}")
+        assert update.abs().max() > 0 or "position" in name, name
+    if rank == 0:
+        print("proven")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_sharded_parameters_move_as_whole_ones(tmp_path):
+    script, root = tmp_path / "job.py", Path(__file__).parents[1]
+    script.write_text(SHARDED.format(root=str(root)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("proven") == 4
