@@ -17,6 +17,7 @@ from torch.optim import AdamW, Optimizer
 from .algebra import chain
 from .algebra.polar import orthogonalized, spectral_norms
 from .factorization import Factorization
+from .messages import aligned
 from .sharding import own_rows
 
 FACTOR_LR = 0.03
@@ -119,6 +120,18 @@ class Spectron(Optimizer):
             _add_(parameter, direction * (-OF_DENSE * bounds[parameter]))
         self._step_others()
         return loss
+
+    def table(self) -> str:
+        """Which parameters are moved how: a line for each way."""
+        rows = []
+        for way, what in zip(_WAYS, ("everything else", "factors of products", "dense matrices"), strict=True):
+            moved = [p for group in self.param_groups if group["method"] == way for p in group["params"]]
+            rates = {group.get("initial_lr", group["lr"]) for group in self.param_groups if group["method"] == way}
+            numbers = f"{len(moved)}", f"{sum(p.numel() for p in moved):,}", f"{max(rates):g}"
+            rows.append((way, what, *numbers))
+        return "fnl_hf: what is stepped how\n" + aligned(
+            [("optimizer", "of", "tensors", "parameters", "rate"), *(row for row in rows if row[2] != "0")]
+        )
 
     def _directions(self) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, float]]:
         """(D, and η now) of every parameter that moves in bounded steps; its weights decay here."""

@@ -10,6 +10,7 @@ from .divergence import check_finite
 from .factorization import factorizations
 from .layers import hidden_matrices
 from .loss import LabelCount, labels_of
+from .messages import say
 from .optim import NAG, Lamb
 from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, Rule
 from .saving import own_names
@@ -116,6 +117,8 @@ class FNLTrainerMixin(WarmStartMixin):
         # Trained again, or with a smaller batch after memory ran out, it comes back in accelerate's wrapper.
         optimizer = created.optimizer if isinstance(created, AcceleratedOptimizer) else created
         if self._attached_to is not optimizer:
+            if isinstance(optimizer, Spectron):
+                say(optimizer.table())
             for rule in self.rules:
                 rule.attach(optimizer)
             self._attached_to = optimizer

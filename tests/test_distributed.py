@@ -23,9 +23,10 @@ config = fnl_hf.FNLConfig(head_rank=1.0 if at == "start" else 0.5)
 model = make_model(model_type).double()
 if at == "start":
     fnl_hf.factorize(model, config)
+optimizer = {{"fnl_optim" if optim == "spectron" else "optim": optim}}
 args = fnl_hf.FNLTrainingArguments(
     output_dir=out + ".run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3,
-    learning_rate=0.05, **({{"fnl_optim": optim}} if optim == "spectron" else {{"optim": optim}}), lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
+    learning_rate=0.05, **optimizer, lr_scheduler_type="constant", report_to="none", use_cpu=True, save_strategy="no",
     disable_tqdm=True, frobenius_decay=0.05, frobenius_decay_mode=mode, max_grad_norm=1.0, weight_decay=0.01,
     train_sampling_strategy="sequential", factorize_at=None if at == "start" else at,
 )
