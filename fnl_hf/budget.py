@@ -124,15 +124,16 @@ def nearest_scale(target: float, ratio: Callable[[float], float], tolerance: flo
 def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evidence: Evidence) -> list[Share]:
     """What shares a budget: of energy layers only, of a ratio heads too; without those that ``rank_pattern`` fixes."""
     groups: dict[tuple, list[Target]] = {}
+    fixed = set()
     for target in targets:
         product = target.found(model)
+        key = tuple((id(view.parameter), view.offset) for view in product.views)
         if config.is_fixed((target.name, target.name.rpartition(".")[0])[: 1 if product.lone else 2]):
-            continue
+            fixed.add(key)  # and whatever is tied to it
         if product.lone or (config.target_ratio is not None and target.is_reducible(model, evidence)):
-            key = tuple((id(view.parameter), view.offset) for view in product.views)
             groups.setdefault(key, []).append(target)
     shares = []
-    for group in groups.values():
+    for group in (group for key, group in groups.items() if key not in fixed):
         product = group[0].found(model)
         dense = sum(view.augmented().numel() for view in product.views)
         cost = cache(partial(group[0].cost, model))  # a bisection asks for few ranks many times

@@ -35,7 +35,7 @@ along, and folders that hold no weights (1_Pooling). OUT is written as a whole o
 are there.
 """
 WEIGHTS = r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)|.*\.index\.json"
-LOGS = r"trainer_state\.json|events\.out\.tfevents.*"
+LOGS = r"trainer_state\.json|run\.json|(all|train|eval|test)_results\.json|events\.out\.tfevents.*"
 CODE = r"\..*|.*\.py|__pycache__"  # never trusted; and what is hidden
 # save_pretrained writes the config, and `_card` the README.md
 NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{LOGS}|{CODE}"
@@ -125,7 +125,7 @@ def model_card(model: nn.Module) -> str:
 
 def _factorize(options: argparse.Namespace) -> None:
     config = FNLConfig(
-        attention=options.attention,
+        attention=() if options.attention == ["none"] else options.attention,
         head_rank=options.head_rank,
         head_layout=options.head_layout,
         target_modules=_modules(options.target_modules),
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--attention", nargs="*", default=ATTENTION_KINDS, metavar="KIND",
         help="""products of heads: qk, ov (default: both), or only some by the ends of their names, as in
-        layer.0.attention.ov; without a KIND none""",
+        layer.0.attention.ov; none""",
     )  # fmt: skip
     command.add_argument(
         "--head_rank", type=_rank, default=1.0, metavar="RANK",
@@ -320,17 +320,15 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 
 def _rank(text: str) -> float | int:
     """An int stays an int: 1 is rank one, 1.0 is full rank."""
-    try:
-        return int(text)
-    except ValueError:
-        value = float(text)
-    if math.isnan(value):
-        raise ValueError(text)
-    return value
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            if not math.isnan(value := number(text)):
+                return value
+    raise argparse.ArgumentTypeError(f"{text!r} is no number: give a fraction such as 0.5, or a rank such as 16")
 
 
 def _layer_rank(text: str) -> float | int | dict[str, float]:
-    return {"energy": float(text.removeprefix("energy="))} if text.startswith("energy=") else _rank(text)
+    return {"energy": _rank(text.removeprefix("energy="))} if text.startswith("energy=") else _rank(text)
 
 
 def _rank_pattern(text: str) -> dict | list:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -166,9 +166,9 @@ class FNLConfig(QuantizationConfigMixin):
         rank = next(ranks, self.head_rank)
         return max(1, int(rank * head_dim)) if isinstance(rank, float) else rank
 
-    def rank_of(self, name: str, rows: int, columns: int) -> int:
-        """The rank asked for in a layer of this name, of a (rows, columns) matrix; the full one if energy decides."""
-        ranks = (rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, [name]))
+    def rank_of(self, names: Sequence[str], rows: int, columns: int) -> int:
+        """The rank asked for in a layer of these names, of a (rows, columns) matrix; the full one if energy decides."""
+        ranks = (rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, names))
         rank, full = next(ranks, 1.0 if self.target_ratio is not None else self.rank), min(rows, columns)
         if isinstance(rank, dict):
             return full

@@ -54,7 +54,10 @@ def of_kinds(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Facto
         return products
     present = {product.family for product in products}
     if unknown := [kind for kind in kinds if kind not in present]:
-        raise ValueError(f"Frobenius decay is asked for kind {unknown[0]!r}; the model has {sorted(present) or 'none'}")
+        raise ValueError(
+            f"Frobenius decay is asked for kind {unknown[0]!r}; the model has {sorted(present) or 'none'}: name some "
+            "of those in frobenius_decay_kinds, or leave it out for all"
+        )
     return [product for product in products if product.family in kinds]
 
 

@@ -291,6 +291,6 @@ def _guard_merge(wrapper: nn.Module, name: str, leaf: nn.Module) -> None:
 
 def _refuse_merge(*args, **kwargs):
     raise ValueError(
-        "an adapter cannot be merged into a factor of reduced rank, which has no room for it: call "
+        "an adapter cannot be merged into factors, whose rank leaves no room for it: call "
         "fnl_hf.to_dense(model) first, or keep the adapter unmerged"
     )

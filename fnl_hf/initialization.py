@@ -35,7 +35,10 @@ def default(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = Non
         return form.leading(factors, rank)
     # An entry of U Vᵀ is a sum of `rank` products, each of variance s⁴ for factors of standard deviation s.
     deviation = float(factors[0].float().square().mean().div(rank)) ** 0.25
-    return [torch.randn_like(factor).mul_(deviation) for factor in _empty(factors[0], rank)]
+    deviation = deviation or factors[0].shape[-1] ** -0.5  # of a matrix of zeros: that of its right factor
+    return _with_rows_of_zeros(
+        [torch.randn_like(factor).mul_(deviation) for factor in _empty(factors[0], rank)], factors[0]
+    )
 
 
 def spectral_ones(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
@@ -56,10 +59,15 @@ def _drawn(draw: Callable[[Tensor], Tensor], name: str) -> Initialization:
         for factor in pair:
             for matrix in factor:
                 draw(matrix)
-        return [factor.to(factors[0].dtype) for factor in pair]
+        return _with_rows_of_zeros([factor.to(factors[0].dtype) for factor in pair], factors[0])
 
     initialization.__doc__ = f"{name} factors of a weight by itself; heads as under ``default``."
     return initialization
+
+
+def _with_rows_of_zeros(pair: list[Tensor], matrix: Tensor) -> list[Tensor]:
+    """Rows of zeros of the matrix stay that, as the one of an embedding's padding."""
+    return [pair[0].masked_fill(matrix.eq(0).all(-1, keepdim=True), 0.0), pair[1]]
 
 
 def _empty(matrix: Tensor, rank: int) -> list[Tensor]:

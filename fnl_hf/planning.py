@@ -128,7 +128,12 @@ def _chosen(candidate: Candidate, evidence: Evidence) -> tuple[Target | None, st
 def nothing_found(model: nn.Module, config: FNLConfig, plan: Plan) -> str:
     """Why a plan is empty, in words for the user."""
     wanted = [*config.attention, *config.layers_wanted()]
-    asked = " and ".join(wanted) or "nothing (attention=(), target_modules=None)"
+    if not wanted:
+        raise ValueError(
+            "attention is () and target_modules None, which asks for nothing: name heads (qk, ov) or layers "
+            "(all-linear)"
+        )
+    asked = " and ".join(wanted)
     reasons = "; ".join(sorted({f"{skip.kind}: {skip.reason}" for skip in plan.skipped}))
     why = f"skipped {reasons}" if reasons else "no module fits"
     if not reasons and config.attention:

@@ -121,6 +121,8 @@ class FNLArguments:
                     f"factorize_at is {self.factorize_at!r}, but the run has {self.max_steps} steps: give an earlier "
                     "step, or a fraction below 1"
                 )
+        if isinstance(self.frobenius_decay_kinds, str):
+            self.frobenius_decay_kinds = [self.frobenius_decay_kinds]
         if self.factor_learning_rate is not None:
             if self.fnl_optim != "spectron":
                 raise ValueError(

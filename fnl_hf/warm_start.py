@@ -204,6 +204,11 @@ class WarmStartMixin:
         self.add_callback(self._warm_start)
 
     @property
+    def switches(self) -> bool:
+        """Whether this is a run in the middle of which the model is factorized."""
+        return self._warm_start is not None
+
+    @property
     def waits_for_switch(self) -> bool:
         """Whether the model is still dense and will be factorized in the middle of the run."""
         return self._warm_start is not None and not is_factorized(self.model)

@@ -60,12 +60,17 @@ def surplus(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing, columns = rank - left.shape[-1], right.shape[-1]
     if missing <= 0:
         return left, right
-    units = torch.nn.functional.one_hot(torch.arange(missing, device=right.device) % columns, columns).to(right)
+    units = _units(columns, missing, right)
     widened = torch.cat([right, units.expand(*right.shape[:-2], *units.shape)], dim=-2)
     return torch.nn.functional.pad(left, (0, missing)), widened
 
 
 # ----------------------------------------------------------------------------------------------------
+
+
+def _units(width: int, count: int, like: Tensor) -> Tensor:
+    """(count, width): unit vectors in turn, of the dtype and device of a tensor."""
+    return torch.nn.functional.one_hot(torch.arange(count, device=like.device) % width, width).to(like)
 
 
 def _tall_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +86,9 @@ def _tall_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     order = sigma.argsort(-1, descending=True)  # of nearly equal ones, rounding may have changed it
     left, sigma = left.gather(-1, order[..., None, :].expand_as(left)), sigma.gather(-1, order)
     vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
-    return left / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None, :], sigma, vectors.mT
+    left = left / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None, :]
+    units = _units(*left.shape[-2:], left).mT  # where σ = 0 any vector is a singular one, but none of zeros
+    return torch.where(sigma[..., None, :] > 0, left, units), sigma, vectors.mT
 
 
 def _by_qr(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -125,7 +132,8 @@ def _gram(matrix: Tensor) -> Tensor:
 def _split(left: Tensor, sigma: Tensor, right: Tensor, rank: int, scale: Tensor | None, dtype: torch.dtype):
     """A_r Σ_r^½ and Σ_r^½ B_rᵀ; where σ = 0, only the left is zero: with both, the direction could never learn.
 
-    Zero is what float32 takes for it: half precision keeps small directions to as many digits as large ones.
+    There the right one is of a size like that of the others, of unit size in a matrix of zeros. Zero is what float32
+    takes for it: half precision keeps small directions to as many digits as large ones.
     """
     sigma = torch.nn.functional.pad(sigma, (0, max(0, rank - sigma.shape[-1])))
     left, right = surplus(left, right, rank)
@@ -133,6 +141,7 @@ def _split(left: Tensor, sigma: Tensor, right: Tensor, rank: int, scale: Tensor 
     root = sigma.sqrt()
     if scale is None:
         scale = root.square().mean(-1).sqrt()
+        scale = torch.where(scale > 0, scale, 1)
     eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     alive = sigma > sigma[..., :1] * sigma.shape[-1] * eps
     left_root = torch.where(alive, root, 0.0)

@@ -22,13 +22,27 @@ _DESCRIBES = {
     Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device, Tensor.ndimension,
 }  # fmt: skip
 _DATA = Tensor.data.__get__
+# What gives a part of a weight, or the weight otherwise laid out, that is written into in its place
+_PARTS = {
+    Tensor.__getitem__, Tensor.detach, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.narrow,
+    Tensor.select, Tensor.t, Tensor.transpose, Tensor.permute, Tensor.squeeze, Tensor.unsqueeze, Tensor.T.__get__,
+    Tensor.mT.__get__, Tensor.data.__get__,
+}  # fmt: skip
+_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
+
+
+_IS_A_PRODUCT = "the weight of a factorized layer is the product of its factors, and"
+_LOST = (
+    f"{_IS_A_PRODUCT} what is written into it would be lost: write the factors (fnl_hf.factorizations), call "
+    "fnl_hf.to_dense(model), or leave the layer dense by exclude_modules"
+)
 
 
 class ComposedWeight(Tensor):
     """The weight that a layer's factors make, composed when it is first needed.
 
-    Writing into it, or into its ``data``, raises, since that would be lost. Given to another factorized layer as its
-    ``weight``, which is how transformers ties, it gives that layer the factors.
+    Writing into it, its ``data`` or a part of it raises, since that would be lost. Given to another factorized layer as
+    its ``weight``, which is how transformers ties, it gives that layer the factors.
     """
 
     _is_param = True  # an nn.Parameter to isinstance: `tie_weights` looks for one
@@ -51,14 +65,14 @@ class ComposedWeight(Tensor):
                 return function(*args, **kwargs)
             if function == _DATA:
                 return args[0]._without_gradient()
-            written = _written(function, args, kwargs)
-            if isinstance(written, cls):
-                raise ValueError(
-                    f"the weight of a {type(written.layer).__name__} is the product of its factors, and what is "
-                    "written into it would be lost: write the factors (fnl_hf.factorizations), or call "
-                    "fnl_hf.to_dense(model)"
-                )
-            return function(*map(_product, args), **{key: _product(value) for key, value in kwargs.items()})
+            if function in _HOOKS:
+                raise ValueError(f"{_IS_A_PRODUCT} gets no gradient: register the hook on factors")
+            if function == Tensor.grad_fn.__get__:  # torch's question to what becomes a parameter
+                raise ValueError(f"{_IS_A_PRODUCT} cannot be that of an ordinary layer, too: factorize both")
+            if isinstance(_written(function, args, kwargs), cls):
+                raise ValueError(_LOST)
+            output = function(*map(_product, args), **{key: _product(value) for key, value in kwargs.items()})
+            return output.as_subclass(_Part) if function in _PARTS else output
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -76,11 +90,41 @@ class ComposedWeight(Tensor):
         data.detached, data._is_param = True, False
         return data
 
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.requires_grad_(requires_grad)
+
+    def __deepcopy__(self, memo) -> torch.nn.Parameter:
+        """A weight by itself, of these values."""
+        return torch.nn.Parameter(self.layer.composed().detach().clone(), requires_grad=self.requires_grad)
+
     def requires_grad_(self, requires_grad: bool = True) -> "ComposedWeight":
         """Freeze or train the factors."""
         for parameter in self.layer.factor_parameters():
             parameter.requires_grad_(requires_grad)
         return self
+
+
+class _Part(Tensor):
+    """A part of a composed weight, or all of it: what is written into it raises, since it would be lost."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(_written(function, args, kwargs), cls):
+                raise ValueError(_LOST)
+            output = function(*map(_plain, args), **{key: _plain(value) for key, value in kwargs.items()})
+            return output.as_subclass(cls) if function in _PARTS else output
+
+    def __reduce_ex__(self, protocol):
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _plain(value):
+    if type(value) in (tuple, list):
+        return type(value)(map(_plain, value))
+    return value.as_subclass(Tensor) if isinstance(value, _Part) else value
 
 
 def _written(function, args: tuple, kwargs: dict):

@@ -20,6 +20,20 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
     def _dimensions(self, leaf: nn.Module) -> None:
         self._buffers.pop("embed_scale", None)  # not in checkpoints, and filled again only in classes that are known
 
+    @property
+    def embed_scale(self) -> Tensor | float:
+        """What the output is multiplied by, as models and PEFT read it of the ordinary layer; missing if it is."""
+        if self.scale is not None:
+            return torch.tensor(self.scale, dtype=self.right.dtype, device=self.right.device)
+        try:
+            return vars(self)["embed_scale"]
+        except KeyError:
+            raise AttributeError("embed_scale") from None
+
+    @embed_scale.setter
+    def embed_scale(self, value: float) -> None:
+        vars(self)["embed_scale"] = value
+
     def dense(self) -> nn.Module:
         dense = super().dense()
         if self.scale is not None:
@@ -46,10 +60,12 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
             output = F.embedding(input, weight, padding)
         else:
             thin = F.embedding(input, left, padding)
-            if middle is not None:
-                thin = F.linear(thin, middle.mT)
-            output = F.linear(thin, right)
-            if padding is not None and torch.is_grad_enabled() and right.requires_grad:
+            with torch.autocast(thin.device.type, enabled=False):  # a table of embeddings gives its own precision
+                if middle is not None:
+                    thin = F.linear(thin, middle.mT)
+                output = F.linear(thin, right)
+            learns = torch.is_grad_enabled() or torch.jit.is_tracing()  # which is checked without gradients
+            if padding is not None and learns and right.requires_grad:
                 output = torch.where((input == padding).unsqueeze(-1), output.detach(), output)
         if self.scale is not None:
             return output * output.new_tensor(self.scale)  # rounded to the precision of the output, as a buffer is

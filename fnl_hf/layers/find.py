@@ -1,8 +1,8 @@
 """Finds the linear layers, embeddings and convolutions that ``target_modules`` asks for, as PEFT understands it."""
 
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -45,13 +45,15 @@ def find_layers(model: nn.Module, config: FNLConfig) -> list[Candidate]:
         if name in named or (layer_class(leaf).kind in swept and name not in kept)
     }
     weights = {id(leaf.weight): name for name, leaf in chosen.items()}
-    uses = Counter(id(leaf.weight) for leaf in leaves.values())
+    names = defaultdict(list)
+    for name, leaf in leaves.items():
+        names[id(leaf.weight)].append(name)
     candidates = []
     for name, leaf in leaves.items():
         kind = layer_class(leaf).kind
         if id(leaf.weight) in weights:
-            swept_up, tied = weights[id(leaf.weight)] not in named, uses[id(leaf.weight)] > 1
-            candidates.append(_candidate(name, leaf, config, swept_up, tied))
+            swept_up = weights[id(leaf.weight)] not in named
+            candidates.append(_candidate(names[id(leaf.weight)], name, leaf, config, swept_up))
         elif kind in swept:
             candidates.append(Candidate(name, kind, (), doubt=kept[name], yields=True))
     return candidates
@@ -68,7 +70,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(leaf.weight for name, leaf in leaves.items() if name not in kept))
 
 
-def _candidate(name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool, tied: bool) -> Candidate:
+def _candidate(tied: list[str], name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool) -> Candidate:
+    """Of a leaf; ``tied`` are the names of all that have its weight, which get one rank."""
     layer = layer_class(leaf)
     if reason := _obstacle(leaf):
         return Candidate(name, layer.kind, (), doubt=reason, yields=swept_up)
@@ -76,7 +79,8 @@ def _candidate(name: str, leaf: nn.Module, config: FNLConfig, swept_up: bool, ti
     matrix = leaf.weight.t() if transposed else layer.as_matrix(leaf.weight)
     scale = leaf._buffers.get("embed_scale")
     scale = None if scale is None else float(scale)
-    target = LayerTarget(name, layer.kind, config.rank_of(name, *matrix.shape), config.form == "deep", tied, scale)
+    rank = config.rank_of(tied, *matrix.shape)
+    target = LayerTarget(name, layer.kind, rank, config.form == "deep", len(tied) > 1, scale)
     return Candidate(name, layer.kind, (target,), certain=True, yields=swept_up)
 
 
@@ -102,10 +106,21 @@ def _named(leaves: dict[str, nn.Module], config: FNLConfig, model: nn.Module) ->
             if others:
                 what = f"names {others[0][0]}, a {others[0][1]}: only linear layers, embeddings and convolutions can be"
                 raise ValueError(f"target_modules has '{entry}', which {what} made low-rank")
-            shown = ", ".join(list(leaves)[:4]) or "none"
-            raise ValueError(f"target_modules has '{entry}', which matches no layer: there are {shown} …")
+            raise ValueError(
+                f"target_modules has '{entry}', which matches no layer{_hint(entry, leaves, bool(matches))}"
+            )
         names |= found
     return names
+
+
+def _hint(entry: str, names: Collection[str], is_expression: bool) -> str:
+    """What an entry that matches nothing may have been meant as, or what there is."""
+    if is_expression and any(ends_with(name, entry) for name in names):
+        return f": a string is a regular expression for whole names; give ['{entry}'] for what ends in it"
+    if not is_expression and re.search(r"[^\w.]", entry):
+        return ": in a list it is the end of names; give a regular expression by itself, as a string"
+    shown, more = ", ".join(list(names)[:4]) or "none", len(names) - 4
+    return f": there are {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def _kept(model: nn.Module, leaves: dict[str, nn.Module]) -> dict[str, str]:
@@ -146,6 +161,8 @@ def _tried(read) -> Iterator[nn.Module]:
 
 def _obstacle(leaf: nn.Module) -> str:
     """Why a layer cannot be a product; "" for one that can."""
+    if "forward" in vars(leaf):  # it would go on with the weights that it is bound to
+        return "its forward was replaced, as accelerate's hooks do (device_map, dispatch_model): factorize before that"
     if isinstance(leaf, nn.Embedding):
         for name, unset in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
             if getattr(leaf, name) != unset:

@@ -32,7 +32,8 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     Training multiplies factor by factor, or composes first where that is cheaper. For ranks up to min(m, n) that is
     only where the composed weight, which the backward then keeps, has fewer numbers than the r-wide middle that it
-    keeps otherwise. In evaluation a weight that is composed is kept until a factor changes.
+    keeps otherwise. In evaluation a weight that is composed is kept until a factor changes, or somebody goes through
+    the parameters of the model: who writes them as ``parameter.data`` does that unseen.
     """
 
     kind: ClassVar[str]
@@ -181,7 +182,7 @@ class FactorizedLayer(Declares, FactorLeaf):
             factored, dense, compose: multiplications of a forward factor by factor, of one by the dense weight, and of
                 composing it. A backward costs twice each.
         """
-        if self._trains() or torch.compiler.is_compiling():  # a graph keeps nothing from one call to the next
+        if self._trains() or _is_recorded():  # a graph keeps nothing from one call to the next
             return self.composed() if factored > dense + compose else None
         return None if factored < WORTH_TWO_CALLS * dense else self._kept("composed")
 
@@ -191,7 +192,7 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     def _kept(self, method: str) -> Tensor | tuple[Tensor, ...]:
         """What a method makes of the factors alone, made anew only after a factor has changed."""
-        if torch.compiler.is_compiling() or any(factor.is_inference() for factor in self.factor_parameters()):
+        if _is_recorded() or any(factor.is_inference() for factor in self.factor_parameters()):
             return getattr(self, method)()  # an inference tensor does not count its changes
         if (kept := self._kept_still(method)) is None:
             # no inference tensor: no backward could use it later
@@ -214,6 +215,10 @@ class FactorizedLayer(Declares, FactorLeaf):
         inner = middle._version, middle.data_ptr()
         return left._version, right._version, left.data_ptr(), right.data_ptr(), *inner
 
+    def named_modules(self, *args, **kwargs):
+        vars(self).pop("_composed", None)
+        return super().named_modules(*args, **kwargs)
+
     def train(self, mode: bool = True) -> Self:
         vars(self).pop("_composed", None)
         return super().train(mode)
@@ -224,6 +229,11 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "_composed"}
+
+
+def _is_recorded() -> bool:
+    """Whether what is computed now becomes a graph."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .layer import WORTH_TWO_CALLS, FactorizedLayer
+from .layer import WORTH_TWO_CALLS, FactorizedLayer, _is_recorded
 
 
 class FactorizedLinear(FactorizedLayer, nn.Linear):
@@ -41,7 +41,7 @@ class FactorizedLinear(FactorizedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         parameters = self._parameters  # an attribute of a module takes as long to read as a small product to compute
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() and not _is_recorded():
             weight = self._kept_still("composed")  # and a decision as long as a small one
             if weight is not None:
                 return F.linear(input, weight.mT if self.transposed else weight, parameters["bias"])

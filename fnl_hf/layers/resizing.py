@@ -46,9 +46,7 @@ def _take_rows(layer: FactorizedLayer, new: nn.Module) -> None:
         added = weight[there:].double() @ torch.linalg.pinv(right.double().mT)  # (new rows, rank)
         stacked = torch.cat([left[:rows], added.to(left.dtype)])
         parameter = layer.stored("weight")
-        layer._parameters["weight"] = nn.Parameter(
-            stacked.view(rows, *parameter.shape[1:]).clone(), requires_grad=parameter.requires_grad
-        )
+        parameter.data = stacked.view(rows, *parameter.shape[1:]).clone()  # of all layers that it is tied to
     if getattr(new, "bias", None) is not None:
         layer.bias = new.bias
     for name in ("num_embeddings", "padding_idx", "out_features"):

@@ -49,11 +49,23 @@ class FrobeniusDecay(Rule):
         done = min(1.0, self.run.state.global_step / max(1, self.run.state.max_steps))
         return self.coefficient * SCHEDULES[self.run.args.frobenius_decay_schedule](done)
 
+    def kinds(self) -> Sequence[str] | None:
+        """The kinds that decay; None for all.
+
+        Of a model that is factorized on the way those that it has: a budget may leave all layers of a kind dense, and
+        that shows too late to stop the run.
+        """
+        asked = self.run.args.frobenius_decay_kinds
+        if asked is None or not self.run.switches:
+            return asked
+        present = {product.family for product in factorizations(self.run.model)}
+        return [kind for kind in asked if kind in present]
+
     def products(self) -> list[Factorization]:
         """What decays, as the model is now."""
         if not self.coefficient or self.run.waits_for_switch:
             return []
-        return decayed(self.run.model, self.run.args.frobenius_decay_kinds)
+        return decayed(self.run.model, self.kinds())
 
     def covered(self) -> set[nn.Parameter]:
         return {parameter for product in self.products() for parameter in product.parameters()}
@@ -66,9 +78,11 @@ class FrobeniusDecay(Rule):
         """
         args, products = self.run.args, self.products()
         if not self.run.waits_for_switch:
-            of_kinds(self.run.model, args.frobenius_decay_kinds)  # refuses unknown ones now, and not at the first log
+            of_kinds(self.run.model, self.kinds())  # refuses unknown ones now, and not at the first log
+            if left := set(args.frobenius_decay_kinds or ()) - set(self.kinds() or ()):
+                warnings.warn(f"nothing of kind {', '.join(sorted(left))} was factorized, and decays", stacklevel=2)
         if args.frobenius_decay and not products and not self.run.waits_for_switch:
-            frozen = of_kinds(self.run.model, args.frobenius_decay_kinds)
+            frozen = of_kinds(self.run.model, self.kinds())
             remedy = (
                 f"the parameters of all {len(frozen)} are frozen, as adapters freeze them: unfreeze some, or set "
                 "frobenius_decay to 0"

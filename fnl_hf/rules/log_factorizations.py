@@ -30,7 +30,7 @@ class LogFactorizations(Rule):
         """``fnl/<name>`` over all products and ``fnl/<kind>/<name>``; see `fnl_hf.measure.measurements`."""
         if not self.run.args.log_factorizations or self.run.waits_for_switch:
             return {}
-        measured = measurements(of_kinds(self.run.model, self.run.args.frobenius_decay_kinds))
+        measured = measurements(of_kinds(self.run.model, self.decay.kinds()))
         for kind, (of_decay, of_loss) in self._gradient_norms.items():
             measured[kind]["decay_to_loss_gradient"] = of_decay / of_loss if of_loss else math.inf
         self._gradient_norms = {}

@@ -159,7 +159,10 @@ def parse_rank(text: str, name: str = "head_rank") -> float | int | dict[str, fl
             return number(text)
         except ValueError:
             continue
-    raise InputError(f"--{name} {text}: not a number. Give a fraction such as 0.5 or a whole rank such as 16.")
+    or_energy = ", or energy=0.9" if name == "rank" else ""
+    raise InputError(
+        f"--{name} {text}: not a number. Give a fraction such as 0.5 or a whole rank such as 16{or_energy}."
+    )
 
 
 def make_config(arguments: FactorizationArguments) -> FNLConfig | None:
@@ -336,10 +339,15 @@ def check_steps(args: TrainingArguments) -> None:
 def check_factorization(model_args: FactorizationArguments, args: FNLTrainingArguments) -> None:
     """Raises `InputError` where an argument is of a factorization that is not asked for."""
     usual = type(model_args)()
-    if not model_args.factorize and not usual.factorize:
-        for name in (each.name for each in fields(FactorizationArguments) if each.init):
+    if not model_args.factorize:
+        why = (
+            "and --no_factorize is given. Drop one of the two"
+            if usual.factorize
+            else "of a dense checkpoint. Add --factorize"
+        )
+        for name in (each.name for each in fields(FactorizationArguments) if each.init and each.name != "factorize"):
             if getattr(model_args, name) != getattr(usual, name):
-                raise InputError(f"--{name} is of the factorization of a dense checkpoint. Add --factorize.")
+                raise InputError(f"--{name} is of the factorization, {why}.")
     if args.factorize_at and not model_args.factorize:
         remedy = "Drop --no_factorize." if usual.factorize else "Add --factorize."
         raise InputError(f"--factorize_at {args.factorize_at} is when to factorize. {remedy}")
