@@ -9,8 +9,11 @@ import pytest
 import torch
 import yaml
 
-from fnl_hf.tasks.running import InputError, parse
+from fnl_hf.tasks.finetuning import parse_table_arguments
+from fnl_hf.tasks.pretraining import parse_arguments as parse_mlm
+from fnl_hf.tasks.running import InputError, make_config, parse
 from fnl_hf.tasks.translation import ModelArguments
+from fnl_hf.tasks.translation import parse_arguments as parse_translation
 from tests.script_runs import help_of, refusal, run_script
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,6 +70,9 @@ def refused(monkeypatch, tmp_path, capsys, script, **option) -> str:
         ({"num_train_epochs": -1}, "--num_train_epochs -1: expected at least 0"),
         ({"report_to": "wandbb"}, "--report_to wandbb: not known or not installed"),
         ({"optim_args": "momentum"}, "--optim_args momentum: expected names and values such as"),
+        ({"low_rank": 0.25, "rank": 0.5}, "--low_rank 0.25 and --rank: the one says what the other does"),
+        ({"low_rank": 1.5}, "--low_rank 1.5: expected above 0 and at most 1"),
+        ({"factor_learning_rate": 0.1}, "a rate of 'spectron'"),
         ({"metric_for_best_model": "blue"}, "--metric_for_best_model blue: an evaluation gives"),
         ({"max_steps": "many"}, "--max_steps: invalid int value: 'many'. See --help"),
         ({"optim": "adamm"}, "--optim: "),
@@ -121,6 +127,12 @@ def test_of_every_script(monkeypatch, tmp_path, capsys, script, option, message)
         (TABLE, {"max_train_samples": 0}, "--max_train_samples 0: expected at least 1"),
         (TABLE, {"metric_for_best_model": "f2"}, "an evaluation gives accuracy, f1, f1_macro, loss, matthews"),
         (TRANSLATION, {"max_train_samples": 0}, "--max_train_samples 0: expected at least 1"),
+        (TRANSLATION, {"factorize": False, "target_modules": "all"}, "--target_modules is of the factorization, and"),
+        (
+            TRANSLATION,
+            {"factorize": False, "low_rank": 0.5},
+            "--low_rank is of the factorization, and --no_factorize",
+        ),
         (TRANSLATION, {"num_beams": 0}, "--num_beams 0: expected at least 1"),
         (TRANSLATION, {"max_length": 0}, "--max_length 0: expected at least 1"),
         (TRANSLATION, {"max_tokens": -5}, "--max_tokens -5: expected at least 1"),
@@ -155,6 +167,22 @@ def test_what_only_the_model_tells_is_told_before_training(monkeypatch, tmp_path
     lines = [json.dumps({"translation": {"de": f"Haus {i}.", "en": f"house {i}."}}) for i in range(40)]
     (tmp_path / "pairs.json").write_text("\n".join(lines))
     assert message in refused(monkeypatch, tmp_path, capsys, TRANSLATION, **TINY | option)
+
+
+@pytest.mark.parametrize("parse", [parse_translation, parse_mlm, parse_table_arguments])
+def test_low_rank_stands_for_others(monkeypatch, tmp_path, parse):
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\na\t0\n")
+    checkpoint = ["--model_name_or_path", str(tmp_path), "--train_file", str(tmp_path / "a.tsv")]
+    checkpoint = checkpoint if parse is parse_table_arguments else []
+    words = ["run.py", "--low_rank", "0.25", *checkpoint, "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", words)
+    model_args, *_, args = parse("")
+    config = make_config(model_args)
+    assert (config.attention, config.target_modules, config.rank) == ((), "all-linear", 0.25)
+    assert args.fnl_optim == (None if checkpoint else "spectron") and args.learning_rate < 5e-3
+    monkeypatch.setattr("sys.argv", [*words, "--attention", "ov", "--fnl_optim", "nag", "--learning_rate", "0.2"])
+    model_args, *_, args = parse("")
+    assert make_config(model_args).attention == ("ov",) and (args.fnl_optim, args.learning_rate) == ("nag", 0.2)
 
 
 def test_one_step_of_masked_lm(monkeypatch, tmp_path, capsys):

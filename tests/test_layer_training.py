@@ -249,3 +249,13 @@ def test_shards_of_layers_train_and_decay_as_whole_ones(tmp_path):
     said = launch(tmp_path, FSDP, 2)
     assert said.count("proven") == 4
     assert "bert.embeddings.word_embeddings has 3 factors: sharded products are supported with two" in said
+
+
+def test_a_kind_that_a_budget_leaves_dense_does_not_end_a_run_at_its_switch(tmp_path):
+    """Which kinds are left shows at the switch only, when half of the run is behind; and again when it is resumed."""
+    config = layers(attention=(), rank=1.0, target_ratio=0.9, rank_allocation="error", head_rank=1.0)
+    asked = {"factorize_at": "2", "frobenius_decay_kinds": ["conv", "linear"], "save_steps": 3}
+    with pytest.warns(UserWarning, match="nothing of kind conv was factorized, and decays"):
+        whole = run(make_model("bert"), tmp_path / "whole", config, **asked)
+    resumed = run(make_model("bert"), tmp_path / "resumed", config, tmp_path / "whole" / "checkpoint-3", **asked)
+    assert all(torch.equal(value, weights(resumed.model)[name]) for name, value in weights(whole.model).items())

@@ -116,9 +116,12 @@ class MLMArguments(RunArguments, FNLTrainingArguments):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks of a batch."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "Blocks of an evaluation batch."})
     fnl_optim: str | None = field(
-        default="lamb", metadata={"help": "lamb (with decoupled decay FLAMBé), nag, or none for that of --optim."}
+        default="lamb",
+        metadata={"help": "lamb (with decoupled decay FLAMBé), nag, spectron, or none for that of --optim."},
     )
-    learning_rate: float = field(default=2e-2, metadata={"help": "Learning rate at the end of the warmup."})
+    learning_rate: float = field(
+        default=2e-2, metadata={"help": "Learning rate at the end of the warmup; with spectron 1e-3, of AdamW's part."}
+    )
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warmup, or below 1 their share."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decay of weights, and of factorizations."})
@@ -148,6 +151,8 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, ML
     )
     check_arguments(args)
     check_factorization(model_args, args)
+    if args.fnl_optim == "spectron" and "learning_rate" not in model_args.given:
+        args.learning_rate = 1e-3
     if args.fnl_optim and args.optim != MLMArguments.optim:
         raise InputError(f"--optim {args.optim.value} and --fnl_optim {args.fnl_optim}. Add --fnl_optim none.")
     for name in ("eval_strategy", "save_strategy"):

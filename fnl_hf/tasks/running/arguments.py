@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -75,6 +75,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("seed", "data_seed"), Range(0, 2**32, open_high=True)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "dropout"), SHARE_BELOW_1),
     "label_smoothing_factor": SHARE,
+    "low_rank": Range(0, 1, open_low=True),
     "max_steps": Range(-1),
 }  # fmt: skip
 
@@ -91,6 +92,13 @@ class FactorizationArguments:
     """
 
     factorize: bool = field(default=True, metadata={"help": "Factorize the model, as the arguments below say."})
+    low_rank: float | None = field(
+        default=None,
+        metadata={
+            "help": "For all linear layers inside the model this share of their rank: --attention none "
+            "--target_modules all-linear --rank SHARE, and --fnl_optim spectron, unless these are given."
+        },
+    )
     attention: list[str] = field(
         default_factory=lambda: ["qk", "ov"], metadata={"help": "Products of attention's heads: qk, ov or both; none."}
     )
@@ -239,6 +247,7 @@ def parse(
         action.default = SUPPRESS
     given = frozenset(vars(parser.parse_known_args(words)[0]))
     objects[0].given = given
+    _expand_low_rank(objects, given)
     for name, remedy in (useless or {}).items():
         if name in given:
             raise InputError(f"--{name}: {remedy}.")
@@ -248,6 +257,29 @@ def parse(
             _check_reports(group)
             _check_optim_args(group)
     return tuple(objects)
+
+
+def _expand_low_rank(objects: Sequence[Any], given: frozenset[str]) -> None:
+    """``--low_rank`` as the arguments that it stands for, less those that are given.
+
+    A checkpoint is fine-tuned by its usual optimizer: Spectron's rate is one of new weights.
+
+    Raises:
+        InputError: An argument that says otherwise.
+    """
+    if (share := objects[0].low_rank) is None:
+        return
+    if both := sorted(given & {"rank", "target_ratio"}):
+        raise InputError(
+            f"--low_rank {share:g} and --{both[0]}: the one says what the other does. Drop one of the two."
+        )
+    preset = {"factorize": True, "attention": ["none"], "target_modules": ["all-linear"], "rank": str(float(share))}
+    if not objects[0].model_name_or_path:
+        preset["fnl_optim"] = "spectron"
+    for group in objects:
+        for name, value in preset.items():
+            if hasattr(group, name) and name not in given:
+                setattr(group, name, value)
 
 
 def _words_of_file(path: str, known: Mapping[str, Any]) -> list[str]:
