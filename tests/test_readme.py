@@ -16,7 +16,7 @@ KEYS = ("products", "by default")  # of a row of the survey: proven, and of thes
 
 def test_the_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -125,6 +125,32 @@ def test_the_figures_of_layers_are_those_of_the_results():
     assert max(shares) <= 1 and shown in text
     for row in linear:  # the middle, and nothing else
         assert row["memory"]["ours"]["saved"] == row["rank"] * row["input"] // row["matrix"][1]
+
+
+def rows_of_translation(name):
+    """The rows of a table of `compare.py`'s results: parameters, and BLEU and loss of every seed."""
+    variants = json.loads((RESULTS / name).read_text())["variants"]
+    for variant, found in variants.items():
+        metrics = found["translation"]["metrics"]
+        bleu, loss = (metrics.get(metric, {}) for metric in ("test_bleu", "eval_loss"))
+        cells = " / ".join(f"{value:.2f}" for value in bleu.values()), " / ".join(f"{v:.3f}" for v in loss.values())
+        if bleu:
+            yield f"| {variant} | {found['parameters']:,} | {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", ["low_rank_translation_cpu.json", "spectron_translation_cpu.json"])
+def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
+    text = (RESULTS / "README.md").read_text()
+    rows = list(rows_of_translation(name))
+    assert len(rows) > 3 and all(row in text for row in rows)
+
+
+def test_what_decay_and_spectron_cost_is_what_was_measured():
+    measured = json.loads((RESULTS / "benchmark_layer_decay_cpu.json").read_text())["layers"]
+    text = (RESULTS / "README.md").read_text()
+    for row in measured:
+        shares = [100 * value for value in row["ratios"].values()]
+        assert f"| {row['rank']:g} | {' | '.join(f'{share:.1f} %' for share in shares)} |" in text
 
 
 def test_what_the_readme_quotes_is_in_the_tables():
