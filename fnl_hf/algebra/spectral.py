@@ -87,8 +87,9 @@ def _tall_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left, sigma = left.gather(-1, order[..., None, :].expand_as(left)), sigma.gather(-1, order)
     vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
     left = left / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None, :]
-    units = _units(*left.shape[-2:], left).mT  # where σ = 0 any vector is a singular one, but none of zeros
-    return torch.where(sigma[..., None, :] > 0, left, units), sigma, vectors.mT
+    if not bool(sigma.all()):  # there any vector is a singular one, but none of zeros
+        left = torch.where(sigma[..., None, :] > 0, left, _units(*left.shape[-2:], left).mT)
+    return left, sigma, vectors.mT
 
 
 def _by_qr(left: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
