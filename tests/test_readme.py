@@ -164,6 +164,17 @@ def test_what_the_readme_quotes_is_in_the_tables():
     assert f"reaches {bleu[1.0, None, 42]:.2f} and {bleu[1.0, None, 1]:.2f} test BLEU" in text
     for rank in (0.5, 0.25):
         assert f"({bleu[rank, None, 42]:.2f}, {bleu[rank, None, 1]:.2f})" in text
+    low = json.loads((RESULTS / "low_rank_translation_cpu.json").read_text())["variants"]
+    for variant, shown in (
+        ("half-si-none", "{} BLEU from spectral"),
+        ("half-default-none", "{} from"),
+        ("dense", "{} dense"),
+    ):
+        values = low[variant]["translation"]["metrics"]["test_bleu"].values()
+        assert shown.format(" and ".join(f"{value:.2f}" for value in values)) in text
+    first = json.loads((RESULTS / "spectron_translation_cpu.json").read_text())["variants"]
+    for variant, name in (("quarter-adamw-0.002", "AdamW"), ("quarter-spectron-0.03", "Spectron")):
+        assert f"{first[variant]['translation']['metrics']['test_bleu']['42']:.2f} under {name}" in text
     variants = json.loads((RESULTS / "bert_mini_cpu.json").read_text())["variants"].values()
     losses = [sorted(v["pretrain"]["metrics"]["eval_loss"].items())[0][1] for v in variants]
     assert f"(masked-LM loss {', '.join(f'{loss:.3f}' for loss in losses)})" in text
