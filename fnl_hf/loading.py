@@ -258,8 +258,8 @@ def _check_shapes(
             config = os.path.join(os.path.dirname(files[0]), "config.json")
             why = f"the weights are dense; remove quantization_config from {config}"
         else:
-            why = f"config.json and weights are not of one checkpoint ({RESTORE}), or other sizes were asked for "
-            why += "(num_labels), which a product cannot take: load it as it was saved"
+            why = f"config.json and weights are not of one checkpoint: {RESTORE}; or, if other sizes were asked for "
+            why += "(num_labels), which a product cannot take, load it as it was saved"
         raise ValueError(f"{key} is stored as {found}, the plan in config.json makes it {shapes[name]}: {why}")
 
 
