@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--attention", nargs="*", default=ATTENTION_KINDS, metavar="KIND",
         help="""products of heads: qk, ov (default: both), or only some by the ends of their names, as in
-        layer.0.attention.ov; none""",
+        layer.0.attention.ov; none: no heads""",
     )  # fmt: skip
     command.add_argument(
         "--head_rank", type=_rank, default=1.0, metavar="RANK",
@@ -328,7 +328,7 @@ def _rank(text: str) -> float | int:
 
 
 def _layer_rank(text: str) -> float | int | dict[str, float]:
-    return {"energy": _rank(text.removeprefix("energy="))} if text.startswith("energy=") else _rank(text)
+    return {"energy": float(_rank(text.removeprefix("energy=")))} if text.startswith("energy=") else _rank(text)
 
 
 def _rank_pattern(text: str) -> dict | list:

@@ -10,6 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
+def evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    """The loss that a ``closure`` given to ``step`` evaluates, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class Lamb(Optimizer):
     """LAMB (You et al., 2020): Adam's direction, scaled per tensor to the size of the weights it moves.
 
@@ -32,10 +40,7 @@ class Lamb(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; ``closure`` re-evaluates the loss, as in every torch optimizer."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         terms = self.frobenius()
         for group in self.param_groups:
             for p in group["params"]:
@@ -75,10 +80,7 @@ class NAG(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; ``closure`` re-evaluates the loss, as in every torch optimizer."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             rescale = lr / group["lr_before"] if group["lr_before"] else 1.0

@@ -18,6 +18,7 @@ from .algebra import chain
 from .algebra.polar import orthogonalized, spectral_norms
 from .factorization import Factorization
 from .messages import aligned
+from .optim import evaluated
 from .sharding import own_rows
 
 FACTOR_LR = 0.03
@@ -103,10 +104,7 @@ class Spectron(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; ``closure`` re-evaluates the loss, as in every torch optimizer."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         directions, bounds = self._directions()
         products = [product for product in self._products() if all(p in directions for p in product.parameters)]
         dense = [p for g in self.param_groups if g["method"] == "muon" for p in g["params"] if p in directions]

@@ -35,7 +35,7 @@ class FNLArguments:
             or `optim_args`), AdamW with the usual arguments on everything else; a dense model is trained by Muon.
         factor_learning_rate (`float`, *optional*):
             Of Spectron: how far a product moves in a step, by spectral norm, at the top of the schedule; 0.03 if not
-            given, for models of any width.
+            given.
         factorize_at (`str`, *optional*):
             Train the dense model first and factorize it after this step (`"300"`), this share of the run (`"0.25"`),
             or when the stable ranks have settled (`"stable"`; by half the run at the latest). The config goes to

@@ -251,8 +251,10 @@ def test_layers_by_ratio_by_rank_and_by_energy(dense, tmp_path, capsys):
     assert "12 linear in 12 modules" in capsys.readouterr().out
     model = tf.AutoModel.from_pretrained(tmp_path / "quarter")
     assert {product.kind for product in fnl_hf.factorizations(model)} == {"linear"}
-    energy = ("--attention", "--target_modules", "intermediate.dense", "--rank", "energy=0.5", "--form", "deep")
+    energy = ("--attention", "none", "--target_modules", "intermediate.dense", "--rank", "energy=0.5", "--form", "deep")
     assert run("factorize", dense, tmp_path / "energy", *energy) == 0
+    assert run("factorize", dense, tmp_path / "all", *energy[:4], "--rank", "energy=1") == 2
+    assert "keeps its full rank" in capsys.readouterr().err
     assert run("inspect", tmp_path / "energy") == 0 and run("to-dense", tmp_path / "energy", tmp_path / "again") == 0
     capsys.readouterr()
     assert run("factorize", dense, tmp_path / "none", "--rank", "0.5") == 2

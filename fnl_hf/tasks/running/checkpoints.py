@@ -106,6 +106,7 @@ def _not_averaged(checkpoint: Path, name: str) -> str:
 
 
 def steps_done(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint has behind it."""
     return _trainer_state(checkpoint)["global_step"]
 
 

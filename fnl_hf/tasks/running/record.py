@@ -100,6 +100,7 @@ def read_record(output_dir: Path) -> dict[str, dict] | None:
 
 
 def write_record(output_dir: Path, arguments: dict, inputs: dict, versions: dict) -> None:
+    """Keep what a run was started with: arguments, fingerprints of its inputs and versions of what it runs on."""
     write_json(output_dir / NAME, {"arguments": arguments, "inputs": inputs, "versions": versions})
 
 
