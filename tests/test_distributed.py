@@ -38,6 +38,7 @@ trainer = fnl_hf.FNLTrainer(
 trainer.train()
 if trainer.is_world_process_zero():
     torch.save({{name: parameter.detach() for name, parameter in model.named_parameters()}}, out)
+trainer.accelerator.end_training()
 """
 
 

@@ -173,6 +173,7 @@ def losses_of_job() -> None:
     if trainer.is_world_process_zero():
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         (directory / f"losses-{accumulate}.json").write_text(json.dumps(history))
+    trainer.accelerator.end_training()
 
 
 @pytest.mark.slow

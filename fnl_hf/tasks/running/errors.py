@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch import distributed
+
 from .locking import unlock
 
 
@@ -32,6 +34,8 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # its threads may otherwise abort a process that is done
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
