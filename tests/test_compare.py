@@ -173,6 +173,19 @@ def test_axes_are_multiplied(make):
     assert recipe.variants["half-late"] == {"first": {"gain": "5", "note": "x"}, "second": {"note": "y"}}
 
 
+def test_null_takes_an_argument_away(make, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "seeds: [1]\nstages:\n  first: {script: fake.py, arguments: {gain: 1}, metrics: x}\n"
+        "variants: {all: {}, none: {first: {gain: null}}, empty: {first: {gain: }}, text: {first: {gain: 'null'}}}\n"
+    )
+    make()  # the script beside it
+    recipe = read_recipe(tmp_path / "recipe.yaml", SCRIPTS)
+    given = {variant: recipe.arguments(variant, "first", 1).get("gain") for variant in recipe.variants}
+    assert given == {"all": "1", "none": None, "empty": "", "text": "null"}
+    recipe = read_recipe(make(variants={"none": {"first": {"gain": None}}}), SCRIPTS)
+    assert "gain" not in recipe.arguments("none", "first", 1)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -561,9 +574,12 @@ def test_scripts_know_the_arguments_of_the_shipped_recipes(path, monkeypatch, ca
         with pytest.raises(SystemExit):
             runpy.run_path(str(script), run_name="__main__")
         known = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+        parse = next(value for name, value in runpy.run_path(str(script)).items() if name.startswith("parse_"))
         for run in runs:
             if run.stage.script == script:
                 assert run.arguments.keys() <= known, run
+                monkeypatch.setattr(sys, "argv", run.command()[1:])
+                parse(None)  # arguments that go together
 
 
 def variables_of(path: Path) -> str:

@@ -10,8 +10,8 @@ import yaml
 
 from ..running import InputError, one_line, open_text
 
-# A value of an argument, as on the command line; a list gives several words
-Value = str | list[str]
+# A value of an argument, as on the command line; a list gives several words, None is an argument that is not given
+Value = str | list[str] | None
 # stage -> argument -> value
 Overrides = dict[str, dict[str, Value]]
 
@@ -49,13 +49,14 @@ class Recipe:
         """The arguments of one run. Variables and the seed are filled in; placeholders of directories are kept."""
         merged = self.stages[stage].arguments | self.variants[variant].get(stage, {})
         values = self.variables | {"seed": str(seed)}
-        return {name: fill(value, values) for name, value in merged.items()}
+        return {name: fill(value, values) for name, value in merged.items() if value is not None}
 
 
 def read_recipe(path: str | Path, scripts: str | Path, variables: dict[str, str] | None = None) -> Recipe:
     """A recipe from a YAML or JSON file (`scripts/compare.py --help` lists its keys).
 
-    Every value is text, as it would be on the command line: `no`, `1e-3` and `1.0` stay what they are in the file.
+    Every value is text, as it would be on the command line: `no`, `1e-3` and `1.0` stay what they are in the file. An
+    argument whose value is `null` is not given: so a variant drops what its stage gives to the others.
 
     Args:
         scripts: directory of scripts that are not found relative to the recipe.
@@ -93,6 +94,8 @@ def read_recipe(path: str | Path, scripts: str | Path, variables: dict[str, str]
 
 def fill(value: Value, values: dict[str, str]) -> Value:
     """`value` with `{name}` replaced for every name in `values`; other braces are kept."""
+    if value is None:
+        return None
     if isinstance(value, list):
         return [fill(word, values) for word in value]
     return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), value)
@@ -100,7 +103,7 @@ def fill(value: Value, values: dict[str, str]) -> Value:
 
 def placeholders(arguments: dict[str, Value]) -> list[str]:
     """Names of all placeholders in arguments, in their order."""
-    words = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in arguments.values())
+    words = itertools.chain.from_iterable(v if isinstance(v, list) else [v or ""] for v in arguments.values())
     return [name for word in words for name in _PLACEHOLDER.findall(word)]
 
 
@@ -120,7 +123,10 @@ def _unique(pairs: list) -> dict:
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML in which every scalar is text and no key comes twice."""
+    """YAML in which every scalar but null is text and no key comes twice."""
+
+    def construct_scalar(self, node):
+        return None if node.style is None and node.value in ("null", "~") else super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         return _unique(self.construct_pairs(node, deep=True))
@@ -143,19 +149,19 @@ def _load(path: Path):
 
 
 def _as_text(value):
-    """JSON's true, false and null as words of a command line."""
+    """JSON's true and false as words of a command line."""
     if isinstance(value, dict):
         return {name: _as_text(entry) for name, entry in value.items()}
     if isinstance(value, list):
         return [_as_text(entry) for entry in value]
-    return {True: "true", False: "false", None: ""}.get(value, value) if not isinstance(value, str) else value
+    return {True: "true", False: "false"}.get(value, value) if not isinstance(value, str) else value
 
 
 # -- checking -----------------------------------------------------------------------------------------
 
 
 def _mapping(value, path: Path, where: str) -> dict:
-    if value == "":  # an empty entry in YAML
+    if value in ("", None):  # an empty entry in YAML
         return {}
     if not isinstance(value, dict):
         raise InputError(f"{path}: {where}: expected `name: value` entries, got {value!r}.")
@@ -165,6 +171,8 @@ def _mapping(value, path: Path, where: str) -> dict:
 def _text(value, path: Path, where: str) -> str:
     if isinstance(value, dict):
         raise InputError(f'{path}: {where}: a mapping, expected text. Quote placeholders: "{{name}}".')
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise InputError(f"{path}: {where}: a list, expected text.")
     return value
@@ -183,9 +191,9 @@ def _arguments(entry, path: Path, where: str) -> dict[str, Value]:
         if name in _GIVEN:
             raise InputError(f"{path}: {where}: {name} is given by the comparison. Drop it.")
         inner = f"{where}.{name}"
-        arguments[name] = (
-            [_text(word, path, inner) for word in value] if isinstance(value, list) else _text(value, path, inner)
-        )
+        if isinstance(value, list):
+            value = [_text(word, path, inner) for word in value]
+        arguments[name] = value if value is None or isinstance(value, list) else _text(value, path, inner)
     return arguments
 
 
