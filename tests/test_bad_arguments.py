@@ -183,6 +183,9 @@ def test_low_rank_stands_for_others(monkeypatch, tmp_path, parse):
     monkeypatch.setattr("sys.argv", [*words, "--attention", "ov", "--fnl_optim", "nag", "--learning_rate", "0.2"])
     model_args, *_, args = parse("")
     assert make_config(model_args).attention == ("ov",) and (args.fnl_optim, args.learning_rate) == ("nag", 0.2)
+    if not checkpoint:
+        monkeypatch.setattr("sys.argv", [*words, "--factor_learning_rate", "0.06"])
+        assert parse("")[-1].factor_learning_rate == 0.06  # of the optimizer that it stands for
 
 
 def test_one_step_of_masked_lm(monkeypatch, tmp_path, capsys):

@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -239,15 +239,14 @@ def parse(
     words = sys.argv[1:]
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         words = [*_words_of_file(words[0], {each.name: each for kind in types for each in fields(kind)}), *words[1:]]
+    given = _given(types, words)
     with one_line_errors(ValueError, TypeError, ImportError):
-        *objects, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+        *objects, unknown = parser.parse_args_into_dataclasses(
+            [*_low_rank(given), *words], return_remaining_strings=True
+        )
     if unknown:
         raise InputError(f"{' '.join(unknown)}: no such argument. See --help.")
-    for action in parser._actions:
-        action.default = SUPPRESS
-    given = frozenset(vars(parser.parse_known_args(words)[0]))
-    objects[0].given = given
-    _expand_low_rank(objects, given)
+    given = objects[0].given = frozenset(given)
     for name, remedy in (useless or {}).items():
         if name in given:
             raise InputError(f"--{name}: {remedy}.")
@@ -259,27 +258,30 @@ def parse(
     return tuple(objects)
 
 
-def _expand_low_rank(objects: Sequence[Any], given: frozenset[str]) -> None:
-    """``--low_rank`` as the arguments that it stands for, less those that are given.
+def _given(types: tuple[type, ...], words: list[str]) -> dict[str, Any]:
+    """The arguments that are given, without defaults of the others."""
+    parser = _Parser(types)
+    for action in parser._actions:
+        action.default = SUPPRESS
+    return vars(parser.parse_known_args(words)[0])
+
+
+def _low_rank(given: Mapping[str, Any]) -> list[str]:
+    """``--low_rank`` as the words that it stands for, to come before those that are given.
 
     A checkpoint is fine-tuned by its usual optimizer: Spectron's rate is one of new weights.
 
     Raises:
         InputError: An argument that says otherwise.
     """
-    if (share := objects[0].low_rank) is None:
-        return
-    if both := sorted(given & {"rank", "target_ratio"}):
+    if (share := given.get("low_rank")) is None:
+        return []
+    if both := sorted(given.keys() & {"rank", "target_ratio"}):
         raise InputError(
             f"--low_rank {share:g} and --{both[0]}: the one says what the other does. Drop one of the two."
         )
-    preset = {"factorize": True, "attention": ["none"], "target_modules": ["all-linear"], "rank": str(float(share))}
-    if not objects[0].model_name_or_path:
-        preset["fnl_optim"] = "spectron"
-    for group in objects:
-        for name, value in preset.items():
-            if hasattr(group, name) and name not in given:
-                setattr(group, name, value)
+    preset = ["--factorize", "true", "--attention", "none", "--target_modules", "all-linear", "--rank", str(share)]
+    return preset if given.get("model_name_or_path") else [*preset, "--fnl_optim", "spectron"]
 
 
 def _words_of_file(path: str, known: Mapping[str, Any]) -> list[str]:
