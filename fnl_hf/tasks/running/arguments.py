@@ -260,7 +260,7 @@ def parse(
 
 def _given(types: tuple[type, ...], words: list[str]) -> dict[str, Any]:
     """The arguments that are given, without defaults of the others."""
-    parser = _Parser(types)
+    parser = _Parser(types, add_help=False)
     for action in parser._actions:
         action.default = SUPPRESS
     return vars(parser.parse_known_args(words)[0])
