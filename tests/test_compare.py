@@ -357,6 +357,13 @@ def test_a_run_that_fails_late_goes_on_from_its_checkpoint(make, monkeypatch, tm
     assert "found ['all_results.json', 'checkpoint-4', 'leftover']" in (out / "low/seed-1/first.log").read_text()
 
 
+def test_an_argument_that_a_variant_drops_is_null_in_the_summary(make, monkeypatch, tmp_path):
+    path = make(seeds=[1], variants={"usual": {"first": {"gain": 20}}, "none": {"first": {"gain": None}}})
+    assert compare(monkeypatch, path, "--output_dir", tmp_path / "out") == 0
+    variants = json.loads((tmp_path / "out" / "summary.json").read_text())["variants"]
+    assert [variants[name]["first"]["settings"] for name in ("usual", "none")] == [{"gain": "20"}, {"gain": None}]
+
+
 def test_changed_arguments_are_an_error_or_run_again(make, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--output_dir", out, "--seeds", 1]

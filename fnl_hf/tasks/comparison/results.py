@@ -80,7 +80,7 @@ class Results:
                     continue
                 settings = self.recipe.variants[variant].get(name, {})
                 stages[name] = {
-                    "settings": _without_paths({key: records[0]["arguments"][key] for key in settings}),
+                    "settings": _without_paths({key: records[0]["arguments"].get(key) for key in settings}),
                     "metrics": {
                         metric: {str(record["seed"]): record["metrics"].get(metric) for record in records}
                         for metric in stage.metrics
@@ -101,10 +101,12 @@ class Results:
 
 
 def _without_paths(values: dict[str, Value]) -> dict[str, Value]:
-    return {
-        name: [Path(word).name for word in value] if isinstance(value, list) else Path(value).name
-        for name, value in values.items()
-    }
+    def cut(value: Value) -> Value:
+        if isinstance(value, list):
+            return [Path(word).name for word in value]
+        return value and Path(value).name
+
+    return {name: cut(value) for name, value in values.items()}
 
 
 def _is(run: Run, variant: str | None, stage: str | None) -> bool:
