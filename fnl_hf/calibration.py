@@ -6,7 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .algebra.tensors import accumulating
+from .algebra.weighted import shrunk
 from .plan import Activation, Target
+
+UNSEEN = 0.1  # of a row that no batch looks up: how often it counts
 
 
 class _Moment:
@@ -17,22 +21,45 @@ class _Moment:
         self.total: Tensor | None = None  # (*batch, width, width)
         self.positions = 0
 
-    def add(self, value: object, masks: Sequence[Tensor]) -> None:
+    def add(self, module: nn.Module, value: object, masks: Sequence[Tensor]) -> None:
         """Count the features in what the module took or put out, but for positions that a mask leaves out."""
         features = value[0] if isinstance(value, (tuple, list)) else value
+        features = self._spread(module, features.detach())
         kept = _kept(features, masks, self.activation.module)
-        x = self.activation.read(features.detach()[kept].double())  # (*batch, positions, width)
-        product = x.mT @ x
+        product = self._product(module, features[kept])
         self.total = product if self.total is None else self.total + product
         self.positions += int(kept.sum())
 
-    def mean(self) -> Tensor | None:
+    def mean(self, shrink: bool) -> Tensor | None:
         """None where nothing was seen."""
-        return self.total / self.positions if self.positions else None
+        if not self.positions:
+            return None
+        mean = self.total / self.positions
+        return shrunk(mean, self.positions) if shrink else mean
+
+    def _spread(self, module: nn.Module, features: Tensor) -> Tensor:
+        return features if self.activation.spread is None else self.activation.spread(module, features)
+
+    def _product(self, module: nn.Module, features: Tensor) -> Tensor:
+        x = self.activation.read(accumulating(features))  # (*batch, positions, width)
+        return (x.mT @ x).double()  # a batch by itself in single precision, the sum of batches in double
+
+
+class _Counts(_Moment):
+    """How often a module looks up each of its rows, (1, rows): the diagonal that E[x xᵀ] has for one-hot x."""
+
+    def _spread(self, module: nn.Module, features: Tensor) -> Tensor:
+        return features[..., None]
+
+    def _product(self, module: nn.Module, features: Tensor) -> Tensor:
+        return torch.bincount(features.flatten(), minlength=module.num_embeddings).double()[None]
+
+    def mean(self, shrink: bool) -> Tensor | None:
+        return self.total.clamp_min(UNSEEN) / self.positions if self.positions else None
 
 
 def moments(
-    model: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, object]]
+    model: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, object]], shrink: bool = False
 ) -> dict[str, tuple[Tensor | None, ...]]:
     """Run batches through a dense model and collect the second moments of what multiplies each factor.
 
@@ -42,16 +69,19 @@ def moments(
     The model is in evaluation mode meanwhile, and left as it was, whatever happens.
 
     Args:
-        batches: dicts of model inputs, on the model's device.
+        batches: dicts of model inputs; tensors are moved to the model's device.
+        shrink: Draw moments of few positions to a multiple of the identity (``algebra.weighted.shrunk``).
 
     Returns:
-        Name of a target -> one (*batch, width, width) float64 tensor E[x xᵀ] per entry of ``target.inputs()``; None
-        where that has none, or the batches do not reach it.
+        Name of a target -> one (*batch, width, width) float64 tensor E[x xᵀ] per entry of ``target.inputs()``, or
+        (1, rows) of what is looked up; None where that has none. None for all of them if the batches do not reach one.
 
     Raises:
         ValueError: There are no batches; there is padding, and a module has its positions in a shape of its own.
     """
-    collected = {target.name: [a and _Moment(a) for a in target.inputs()] for target in targets}
+    collected = {
+        target.name: [a and (_Moment if a.read else _Counts)(a) for a in target.inputs()] for target in targets
+    }
     wanted = [moment for several in collected.values() for moment in several if moment is not None]
     masks: list[Tensor] = []
     modes, empty = {module: module.training for module in model.modules()}, True
@@ -60,21 +90,27 @@ def moments(
             stack.callback(_hook(model, moment, masks).remove)
         stack.callback(_restore, modes)
         model.eval()
+        device = next((parameter.device for parameter in model.parameters()), None)
         for batch in batches:
             empty = False
+            batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
             masks[:] = _masks(model, batch)
             model(**batch)
     if empty:
         raise ValueError("calibration holds no batches: pass at least one dict of model inputs")
-    return {name: tuple(moment and moment.mean() for moment in several) for name, several in collected.items()}
+    found = {name: tuple(moment and moment.mean(shrink) for moment in several) for name, several in collected.items()}
+    for name, several in collected.items():
+        if any(moment is not None and mean is None for moment, mean in zip(several, found[name], strict=True)):
+            found[name] = (None,) * len(several)
+    return found
 
 
 def _hook(model: nn.Module, moment: _Moment, masks: list[Tensor]):
     module = model.get_submodule(moment.activation.module)
     if moment.activation.end == "output":
-        return module.register_forward_hook(lambda module, args, output: moment.add(output, masks))
+        return module.register_forward_hook(lambda module, args, output: moment.add(module, output, masks))
     return module.register_forward_pre_hook(
-        lambda module, args, kwargs: moment.add(args[0] if args else next(iter(kwargs.values())), masks),
+        lambda module, args, kwargs: moment.add(module, args[0] if args else next(iter(kwargs.values())), masks),
         with_kwargs=True,
     )
 

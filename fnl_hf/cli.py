@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .attachment import attached
-from .config import ALLOCATIONS, ATTENTION_KINDS, FORMS, INITIALIZATIONS, WILDCARDS, FNLConfig
+from .config import ALLOCATIONS, ATTENTION_KINDS, CALIBRATED, FORMS, INITIALIZATIONS, WILDCARDS, FNLConfig
 from .factorization import FactorLeaf
 from .loading import written_whole
 from .measure import spectra
 from .overview import Summary, summary
 from .patching import factorize, to_dense
+from .texts import text_batches
 
 EXAMPLES = """examples:
   fnl-hf factorize my-bert my-bert-half --head_rank 0.5
@@ -138,9 +139,26 @@ def _factorize(options: argparse.Namespace) -> None:
         init=options.init,
     )
     _refuse_existing(options.out)
-    model = factorize(_load(options.dir), config)
+    _check_calibration(options)
+    model = _load(options.dir)
+    batches = None
+    if options.calibration:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.dir)
+        batches = text_batches(options.calibration, tokenizer, model, options.calibration_samples)
+    model = factorize(model, config, calibration=batches)
     _write(model, options)
     print(summary(model).headline())
+
+
+def _check_calibration(options: argparse.Namespace) -> None:
+    if (options.calibration is not None) != (options.init in CALIBRATED):
+        if options.calibration is None:
+            raise ValueError(f"--init {options.init} looks at data: give --calibration FILE, with a text in each line")
+        raise ValueError(f"--calibration is for --init {', '.join(CALIBRATED)}, not {options.init}: drop it")
+    if options.calibration is not None and not options.calibration.is_file():
+        raise ValueError(f"--calibration {options.calibration}: no such file")
+    if options.calibration_samples < 1:
+        raise ValueError(f"--calibration_samples {options.calibration_samples}: expected at least 1")
 
 
 def _to_dense(options: argparse.Namespace) -> None:
@@ -291,7 +309,18 @@ def _parser() -> argparse.ArgumentParser:
         "--rank_allocation", default="uniform", choices=ALLOCATIONS, help="how the ratio is shared (default: uniform)"
     )
     command.add_argument("--form", default="matrix", choices=FORMS, help="of layers: U V^T, or U M V^T (deep)")
-    command.add_argument("--init", default="spectral", choices=INITIALIZATIONS, help="initialisation of the factors")
+    command.add_argument(
+        "--init", default="spectral", choices=INITIALIZATIONS,
+        help="initialisation of the factors; activation looks at texts (--calibration)",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="""for --init activation: texts as the model will see them, one in each line (.txt), JSON lines (.json) or
+        between tabs (.tsv); unpacks .gz and .xz""",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"
+    )
     command.add_argument(
         "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",
         help="""ranks by regular expression on names of products or attention modules, the first match counts:

@@ -11,9 +11,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
-INITIALIZATIONS = ("spectral", "default", "spectral-ones", "orthogonal", "xavier", "kaiming")  # see `initialization`
-NOT_BUILT_INITIALIZATIONS = ("activation", "functional")
-CALIBRATED = frozenset()  # those that look at data
+# See `initialization`
+INITIALIZATIONS = ("spectral", "activation", "default", "spectral-ones", "orthogonal", "xavier", "kaiming")
+NOT_BUILT_INITIALIZATIONS = ("functional",)
+CALIBRATED = frozenset({"activation"})  # those that look at data
 FORMS = ("matrix", "deep")
 NOT_BUILT_FORMS = ("tucker", "tucker2", "tensor-train")
 ALLOCATIONS = ("uniform", "error")
@@ -57,7 +58,8 @@ class FNLConfig(QuantizationConfigMixin):
         rank_allocation: How `target_ratio` is shared. "uniform": one fraction of every rank. "error": the largest
             singular values of the weights, each relative to the energy of its layer, per parameter that they cost.
         form: Of layers: "matrix", U V^T, or "deep", U M V^T with a square M that starts as the identity.
-        init: "spectral": balanced factors of each product (the best ones of lower rank). "default": of heads the
+        init: "spectral": balanced factors of each product (the best ones of lower rank). "activation": the best ones
+            on the data of `factorize(..., calibration=...)`, for trained models. "default": of heads the
             factors that the model has, at lower rank the leading rows of each head; of layers factors drawn anew, with
             the variance of the weights for their product. For comparison, of layers only: "spectral-ones" (spectral,
             with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in "default".

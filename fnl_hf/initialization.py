@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .algebra import Form
+from .algebra.weighted import of_product, of_weight
 
 Sides = Sequence[Tensor | None] | None
 Initialization = Callable[[Form, Sequence[Tensor], int, Sides], Sequence[Tensor]]
@@ -23,6 +24,32 @@ def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = No
     With W = A Σ Bᵀ they are A_r Σ_r^½ and Σ_r^½ B_rᵀ: spectral initialisation (Khodak et al., ICLR 2021).
     """
     return form.balance(factors, rank)
+
+
+def activation(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
+    """Balanced factors of the best approximation on the data that ``sides`` are of, not of all inputs alike.
+
+    Of a weight the least E‖(W − U Vᵀ) x‖², of queries and keys the least error of the scores, of outputs and values the
+    least E‖(O − O' V') z‖² (``algebra.weighted``). Spectral at full rank, where nothing is lost, under rotation, and
+    where there are no sides.
+    """
+    if not looks_at(form, factors, sides) or rank >= form.size(factors)[1]:
+        return spectral(form, factors, rank)
+    if len(factors) == 1:
+        rows = [side for side in sides if side is not None and side.dim() < factors[0].dim()]
+        columns = [side for side in sides if side is not None and side.dim() == factors[0].dim()]
+        pair = of_weight(factors[0], rank, sum(columns) if columns else None, sum(rows) if rows else None)
+    elif sides[1] is None:
+        pair = of_product(*factors, rank, None, sides[0])
+    else:
+        pair = of_product(*factors, rank, *sides)
+    return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
+
+
+def looks_at(form: Form, factors: Sequence[Tensor], sides: Sides) -> bool:
+    """Whether an initialisation that looks at data can use what there is of it."""
+    known = sides is not None and any(side is not None and bool(side.any()) for side in sides)
+    return known and len(factors) <= 2 and form.has_matrix
 
 
 def default(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
@@ -78,6 +105,7 @@ def _empty(matrix: Tensor, rank: int) -> list[Tensor]:
 
 INITIALIZATIONS: dict[str, Initialization] = {
     "spectral": spectral,
+    "activation": activation,
     "default": default,
     "spectral-ones": spectral_ones,
     "orthogonal": _drawn(torch.nn.init.orthogonal_, "Orthogonal"),
@@ -88,7 +116,7 @@ INITIALIZATIONS: dict[str, Initialization] = {
 
 def keeps_the_product(init: str, lone: bool) -> bool:
     """Whether an initialisation leaves a product as it is at full rank; ``lone``: of a weight by itself."""
-    return init == "spectral" or not lone
+    return init in ("spectral", "activation") or not lone
 
 
 @torch.no_grad()

@@ -10,8 +10,17 @@ from .attachment import attach, detach
 from .calibration import moments
 from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
 from .config import CALIBRATED, FNLConfig
-from .factorization import Declares, FactorLeaf, declared, factorizations, is_factorized, parameter_counts, swap
-from .initialization import initial_factors, keeps_the_product
+from .factorization import (
+    Declares,
+    Factorization,
+    FactorLeaf,
+    declared,
+    factorizations,
+    is_factorized,
+    parameter_counts,
+    swap,
+)
+from .initialization import initial_factors, keeps_the_product, looks_at
 from .messages import say
 from .plan import Plan, headline
 from .planning import nothing_found, plan_with_evidence
@@ -162,7 +171,7 @@ def _factorized(
     planned, evidence = plan_with_evidence(model, config, verify, whole)
     if not planned.targets:
         raise ValueError(nothing_found(model, config, planned))
-    sides = moments(model, planned.targets, calibration) if calibration is not None else {}
+    sides = moments(model, planned.targets, calibration, shrink=True) if calibration is not None else {}
     found = {target.name: target.found(model) for target in planned.targets}
     checked = (
         check
@@ -172,6 +181,7 @@ def _factorized(
     )
     if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
         return _factorized(model, config, verify, calibration, check, whole=True)
+    of_all = _sides_of_weights(planned, found, sides)
     factors, unmoved, of_weights = {}, set(), {}
     for target in planned.targets:
         product = found[target.name]
@@ -181,9 +191,9 @@ def _factorized(
                 raise ValueError(
                     f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
-        weights = target.rank, *((id(view.parameter), view.offset) for view in product.views)
+        weights = target.rank, *_key(product)
         if weights not in of_weights:  # tied layers have one product
-            new = initial_factors(product.form, original, target.rank, config.init, sides.get(target.name))
+            new = initial_factors(product.form, original, target.rank, config.init, of_all.get(_key(product)))
             of_weights[weights] = target.shaped(new)
         new = factors[target.name] = of_weights[weights]
         if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
@@ -208,6 +218,32 @@ def _factorized(
             with new_basis([product for product in products if product.name in unmoved]):
                 check_unchanged(model, evidence.recording, products)
     return planned
+
+
+def _key(product: Factorization) -> tuple:
+    """Equal for products of the same weights."""
+    return tuple((id(view.parameter), view.offset) for view in product.views)
+
+
+def _sides_of_weights(
+    planned: Plan, found: Mapping[str, Factorization], sides: Mapping[str, tuple]
+) -> dict[tuple, tuple[torch.Tensor | None, ...]]:
+    """What the data say of each product, those of all that is tied to it together."""
+    of_all: dict[tuple, tuple] = {}
+    for name, own in sides.items():
+        key = _key(found[name])
+        of_all[key] = of_all.get(key, ()) + own if found[name].lone else own
+    blind = sorted(
+        target.name
+        for target in planned.targets
+        if sides
+        and target.rank < found[target.name].full_rank
+        and not looks_at(found[target.name].form, found[target.name].views, of_all[_key(found[target.name])])
+    )
+    if blind:
+        some = ", ".join(blind[:3]) + (f" and {len(blind) - 3} more" if len(blind) > 3 else "")
+        say(f"fnl_hf: calibration does not reach {some}: spectral there")
+    return of_all
 
 
 def _shape_only(parameter: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,15 @@ class Activation(NamedTuple):
     Attributes:
         module: dotted name.
         end: "input", the first argument of its forward, or "output", the first that it returns.
-        read: (positions, features) as (*batch, positions, width), the batch that of the factor.
+        read: (positions, features) as (*batch, positions, width), the batch that of the factor. None where the module
+            looks up rows: then they are counted.
+        spread: (the module, what it takes) as (…, features), where the features are not what lies last there.
     """
 
     module: str
     end: str
-    read: Callable[[Tensor], Tensor]
+    read: Callable[[Tensor], Tensor] | None
+    spread: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,11 @@ class Target(ABC):
         return factors
 
     def inputs(self) -> tuple[Activation | None, ...]:
-        """The features that each of its projections carries; () or None where that is not known."""
+        """The features that each of its projections carries; () or None where that is not known.
+
+        Of a weight by itself what it multiplies. Of two factors those of the left one and of the right one, which
+        then both count; or, with None in the second place, those between them as the left one takes them.
+        """
         return ()
 
     @classmethod

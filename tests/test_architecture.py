@@ -28,7 +28,7 @@ FLOORS = [
         "measure",
         "divergence",
     },
-    {"loading", "rules"},
+    {"loading", "rules", "texts"},
     {"training_arguments", "warm_start", "loss", "trainer", "overview", "cli"},
     {""},  # the package itself: its public names
     {"tasks"},

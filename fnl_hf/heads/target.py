@@ -89,7 +89,8 @@ class HeadTarget(Target):
 
         if self.slot == "ov":
             return activation(self.left, "input"), None
-        return activation(self.left, "output"), activation(self.right, "output")
+        queries, keys = activation(self.left, "output"), activation(self.right, "output")
+        return (queries, keys) if queries and keys else (None, None)
 
     def renamed(self, rename: Renaming) -> "HeadTarget | None":
         """The product under the names that its weights get in a model, below their nearest common ancestor."""

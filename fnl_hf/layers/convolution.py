@@ -31,6 +31,18 @@ class _FactorizedConv(FactorizedLayer):
         height, width = self._kernel
         return self.out_channels * height, self.in_channels * width
 
+    @staticmethod
+    def patches(leaf: nn.Module, images: Tensor) -> Tensor:
+        """What the matrix multiplies of images (N, in, …, w), row by row of them, as (N, places, in·kw)."""
+        if unbatched := images.dim() == len(leaf.kernel_size) + 1:
+            images = images[None]
+        images = images if len(leaf.kernel_size) == 2 else images.unsqueeze(-2)
+        mode = "constant" if leaf.padding_mode == "zeros" else leaf.padding_mode
+        images = F.pad(images, [*leaf._reversed_padding_repeated_twice[:2], 0, 0], mode=mode)
+        width, stride, dilation = (sizes[-1] for sizes in (leaf.kernel_size, leaf.stride, leaf.dilation))
+        places = F.unfold(images, (1, width), (1, dilation), stride=(1, stride)).mT
+        return places[0] if unbatched else places
+
     @property
     def dense_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels, *self.kernel_size

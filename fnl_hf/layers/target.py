@@ -87,8 +87,11 @@ class LayerTarget(Target):
         return self.tied
 
     def inputs(self) -> tuple[Activation | None, ...]:
-        """What multiplies a linear layer's matrix."""
-        return (Activation(self.name, "input", lambda x: x[None]),) if self.kind == "linear" else (None,)
+        """What a linear layer or a convolution multiplies; of an embedding how often each row is looked up."""
+        if self.kind == "embedding":
+            return (Activation(self.name, "input", None),)
+        spread = FactorizedConv2d.patches if self.kind == "conv" else None
+        return (Activation(self.name, "input", lambda x: x[None], spread),)
 
     def flaw(self, model: nn.Module | None = None) -> str | None:
         if (flaw := super().flaw(model)) or model is None:

@@ -3,17 +3,13 @@
 from .arguments import (
     AMOUNT,
     COUNT,
-    FactorizationArguments,
     Range,
     RunArguments,
     check_arguments,
     check_best_metric,
-    check_factorization,
     check_steps,
     check_unused,
-    make_config,
     parse,
-    parse_rank,
 )
 from .checkpoints import (
     average_checkpoints_,
@@ -23,6 +19,7 @@ from .checkpoints import (
     last_complete_checkpoint,
 )
 from .errors import InputError, one_line, one_line_errors, run_main
+from .factorization import FactorizationArguments, check_factorization, make_config, parse_rank
 from .job import Job
 from .learning import learn_tokens
 from .messages import say

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from fnl_hf import FNLTrainingArguments, factorizations, factorize
 
 from . import record
-from .arguments import FactorizationArguments, make_config
 from .checkpoints import (
     check_same_model,
     complete_checkpoints,
@@ -22,6 +21,7 @@ from .checkpoints import (
     steps_done,
 )
 from .errors import InputError, one_line_errors
+from .factorization import FactorizationArguments, make_config
 from .locking import is_locked_by_runs, lock
 from .messages import say
 from .models import check_fit, check_optimizer, load

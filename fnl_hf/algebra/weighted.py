@@ -1,0 +1,97 @@
+"""Best low-rank approximations where inputs say which errors count: closed forms from second moments, in float64.
+
+A plain truncation W ≈ M takes every direction of the input for equally likely. With C = E[x xᵀ] the error that counts,
+E‖(W − M) x‖² = ‖(W − M) C^½‖²_F, has a closed form as well, here of a weight by itself and of a product of two factors
+(a head), whose features are weighted in the rank-wide space between them alone.
+"""
+
+import torch
+from torch import Tensor
+
+
+def of_weight(
+    matrix: Tensor, rank: int, columns: Tensor | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """U (*batch, m, rank), Vᵀ (*batch, rank, n) that minimise ‖D^½ (W − U Vᵀ) C^½‖_F. Not balanced, float64.
+
+    Args:
+        matrix: W, (*batch, m, n).
+        columns: C, (*batch, n, n) positive semidefinite: second moments of what W multiplies. The identity if None.
+        rows: the diagonal of D, (*batch, m), nonnegative: how often each row is looked up. Ones if None.
+    """
+    matrix = matrix.double()
+    if rows is None and columns is not None and matrix.shape[-2] <= matrix.shape[-1]:
+        basis = _leading(matrix @ columns @ matrix.mT, rank)  # of what comes out: needs no inverse of C
+        return basis, basis.mT @ matrix
+    scaled = matrix if rows is None else matrix * rows.double().sqrt()[..., None]
+    if columns is None:
+        basis = _leading(scaled.mT @ scaled, rank)
+        return matrix @ basis, basis.mT
+    root, inverse = _roots(columns)
+    scaled = scaled @ root
+    basis = _leading(scaled.mT @ scaled, rank)
+    return matrix @ (root @ basis), basis.mT @ inverse
+
+
+def of_product(
+    left: Tensor, right: Tensor, rank: int, left_metric: Tensor | None, right_metric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A' (*batch, m, rank), B' (*batch, rank, n) for the product A B of a head. Not balanced, float64.
+
+    Of queries and keys, whose scores are qᵀk, the metrics are C_q = E[q qᵀ] and C_k: the best scores of this rank over
+    all pairs of positions. Of outputs and values, O z with z the averaged values, they are OᵀO and C_z.
+
+    With P the leading eigenvectors of C_r^½ (Σ C_l) C_r^½, summed over a group that shares the right factor,
+    B' = Pᵀ C_r^{-½} B, and A' is the best one for that: A C_r^½ P where the group has one C_r.
+
+    Args:
+        left: A, (*batch, m, r).
+        right: B, (*batch, r, n); of size 1 where a group of heads shares it.
+        left_metric: (*batch of left, r, r); AᵀA if None.
+        right_metric: (*batch, r, r), of either factor's batch.
+    """
+    left, right, metric = left.double(), right.double(), right_metric.double()
+    left_metric = left.mT @ left if left_metric is None else left_metric.double()
+    shared = [i for i, (a, b) in enumerate(zip(left.shape[:-2], right.shape[:-2], strict=True)) if b == 1 < a]
+    mean = metric.mean(shared, keepdim=True) if shared else metric
+    total = left_metric.sum(shared, keepdim=True) if shared else left_metric
+    root, inverse = _roots(mean)
+    down = inverse @ _leading(root @ total @ root, rank)  # (*batch, r, rank)
+    up = metric @ down
+    up = torch.linalg.solve(down.mT @ up, up, left=False)
+    return left @ up, down.mT @ right
+
+
+def shrunk(moment: Tensor, count: int) -> Tensor:
+    """A second moment estimated from few samples, drawn to a multiple of the identity: oracle approximating shrinkage.
+
+    (1 − ρ) C + ρ tr(C)/p I with ρ = ((1 − 2/p) tr C² + tr² C) / ((N + 1 − 2/p) (tr C² − tr² C / p)), at most 1 (Chen
+    et al., *Shrinkage Algorithms for MMSE Covariance Estimation*, 2010). Never singular, but for a moment of zeros.
+
+    Args:
+        moment: C, (*batch, p, p).
+        count: N, of samples.
+    """
+    size = moment.shape[-1]
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    squares = moment.square().sum((-2, -1))
+    above = (1 - 2 / size) * squares + trace.square()
+    below = (count + 1 - 2 / size) * (squares - trace.square() / size)
+    share = torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), 1).clamp(max=1)
+    identity = torch.eye(size, dtype=moment.dtype, device=moment.device)
+    return torch.lerp(moment, (trace / size)[..., None, None] * identity, share[..., None, None])
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the largest eigenvalues of a symmetric matrix, (*batch, n, rank)."""
+    return torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
+
+
+def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """C^½ and C^{-½}, the second on the space where C has more than rounding: zero outside it."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
+    kept = values > floor
+    root = torch.where(kept, values, 0).sqrt()
+    inverse = torch.where(kept, root, 1).reciprocal() * kept
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
