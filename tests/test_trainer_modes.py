@@ -59,8 +59,12 @@ def test_decay_ignores_an_autocast_around_it():
             assert_close(parameter.grad.double(), expected[name], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adamw_torch_fused"])
-def test_loss_scaling_changes_nothing_and_a_skipped_step_decays_nothing(optim, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"optim": name} for name in ("sgd", "adamw_torch", "adamw_torch_fused")]
+    + [{"fnl_optim": "spectron", "optim": "adamw_torch"}],
+)
+def test_loss_scaling_changes_nothing_and_a_skipped_step_decays_nothing(optimizer, tmp_path, monkeypatch):
     start, updates = large(), []
     for scale in (None, 1024.0, float("inf")):  # an infinite scale makes infinite gradients: the step is skipped
         model = copy.deepcopy(start)
@@ -73,7 +77,7 @@ def test_loss_scaling_changes_nothing_and_a_skipped_step_decays_nothing(optim, t
                 trainer.accelerator.scaler = scaler
 
             monkeypatch.setattr(fnl_hf.FNLTrainer, "create_accelerator_and_postprocess", with_scaler)
-        train(model, tmp_path, examples("bert"), optim=optim, learning_rate=0.01, frobenius_decay=1.0)
+        train(model, tmp_path, examples("bert"), **optimizer, learning_rate=0.01, frobenius_decay=1.0)
         monkeypatch.undo()
         updates.append(
             {n: (p - q).detach() for (n, p), q in zip(model.named_parameters(), start.parameters(), strict=True)}
@@ -84,7 +88,9 @@ def test_loss_scaling_changes_nothing_and_a_skipped_step_decays_nothing(optim, t
     assert any(update.any() for update in updates[0].values())
 
 
-@pytest.mark.parametrize("optimizer", [{"optim": "adamw_torch"}, {"fnl_optim": "lamb"}])
+@pytest.mark.parametrize(
+    "optimizer", [{"optim": "adamw_torch"}, {"fnl_optim": "lamb"}, {"fnl_optim": "spectron", "optim": "adamw_torch"}]
+)
 def test_accumulation_under_adaptive_optimizers(optimizer, tmp_path):
     """To 1e-10 in float64, which they amplify rounding in: so the model's loss has to be float64 as well."""
     start, updates = fnl_hf.factorize(make_model("bert"), HEADS).double(), []
