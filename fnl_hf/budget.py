@@ -8,8 +8,10 @@ from functools import cache, cached_property, partial
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration
 from .config import FNLConfig
 from .factorization import Factorization
+from .initialization import Sides, energies
 from .plan import Skip, Target
 from .proof import Evidence
 
@@ -25,6 +27,7 @@ class Share:
         dense: parameters of the weight as it is.
         full: the rank up to which components count.
         lone: a weight by itself, which stays dense where a product would be no smaller.
+        sides: what calibration says of it.
     """
 
     targets: tuple[Target, ...]
@@ -33,6 +36,7 @@ class Share:
     dense: int
     full: int
     lone: bool
+    sides: Sides = None
 
     def size(self, rank: int) -> int:
         """Parameters at a rank; of one that saves nothing, those of the dense weight."""
@@ -43,16 +47,21 @@ class Share:
 
     @cached_property
     def energies(self) -> Tensor:
-        """Squared singular values of the weights in descending order, summed over heads, float64."""
-        sigma = self.product.form.singular_values(self.product.augmented()).double()
-        return sigma.square().reshape(-1, sigma.shape[-1]).sum(0).cpu()
+        """What each further rank saves of the error, in descending order, summed over heads, float64."""
+        return energies(self.product.form, self.product.augmented(), self.sides)
 
 
 @torch.no_grad()
 def with_ranks(
-    model: nn.Module, config: FNLConfig, targets: Sequence[Target], evidence: Evidence
+    model: nn.Module,
+    config: FNLConfig,
+    targets: Sequence[Target],
+    evidence: Evidence,
+    calibration: Calibration | None = None,
 ) -> tuple[list[Target], list[Skip]]:
     """The targets with the ranks that ``target_ratio`` or energy give them, and those that stay dense.
+
+    Energies are those of the weights, or with calibration of what they make of its inputs.
 
     Raises:
         ValueError: The ratio is below what the least ranks give.
@@ -60,6 +69,9 @@ def with_ranks(
     if config.target_ratio is None and config.energy is None:
         return list(targets), []
     shares = _shares(model, config, targets, evidence)
+    if calibration is not None:
+        sides = calibration.of(targets)
+        shares = [replace(share, sides=sides[share.product.weights]) for share in shares]
     if config.energy is not None:
         ranks = [energy_rank(share.energies, config.energy) for share in shares]
     else:
@@ -127,7 +139,7 @@ def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evid
     fixed = set()
     for target in targets:
         product = target.found(model)
-        key = tuple((id(view.parameter), view.offset) for view in product.views)
+        key = product.weights
         if config.is_fixed((target.name, target.name.rpartition(".")[0])[: 1 if product.lone else 2]):
             fixed.add(key)  # and whatever is tied to it
         if product.lone or (config.target_ratio is not None and target.is_reducible(model, evidence)):
@@ -147,9 +159,7 @@ def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
     for target in targets:
         product = target.found(model)
         dense = sum(view.augmented().numel() for view in product.views)
-        sizes[tuple((id(view.parameter), view.offset) for view in product.views)] = dense - target.cost(
-            model, target.rank
-        )
+        sizes[product.weights] = dense - target.cost(model, target.rank)
     return sum(sizes.values())
 
 

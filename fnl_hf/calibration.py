@@ -58,6 +58,23 @@ class _Counts(_Moment):
         return self.total.clamp_min(UNSEEN) / self.positions if self.positions else None
 
 
+class Calibration:
+    """What batches say of the products of a model: run through it once, when it is first asked for."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, object]]):
+        self.model, self.batches = model, batches
+        self._sides: dict[tuple, tuple[Tensor | None, ...]] | None = None
+
+    def of(self, targets: Sequence[Target]) -> dict[tuple, tuple[Tensor | None, ...]]:
+        """``Factorization.weights`` -> moments, those of all layers that are tied together; of the first targets."""
+        if self._sides is None:
+            self._sides = {}
+            for target, own in zip(targets, moments(self.model, targets, self.batches, True).values(), strict=True):
+                product = target.found(self.model)
+                self._sides[product.weights] = own + (self._sides.get(product.weights, ()) if product.lone else ())
+        return self._sides
+
+
 def moments(
     model: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, object]], shrink: bool = False
 ) -> dict[str, tuple[Tensor | None, ...]]:

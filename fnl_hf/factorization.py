@@ -89,6 +89,11 @@ class Factorization:
         """Whether it is a weight by itself, which has no factors yet."""
         return len(self.views) == 1
 
+    @property
+    def weights(self) -> tuple[tuple[int, int], ...]:
+        """Equal for products of the same entries of the same parameters."""
+        return tuple((id(view.parameter), view.offset) for view in self.views)
+
     def __repr__(self) -> str:
         shapes = " x ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
         return f"Factorization({self.name!r}, {self.kind!r}, {shapes})"

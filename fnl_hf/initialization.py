@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algebra import Form
-from .algebra.weighted import of_product, of_weight
+from .algebra.weighted import energies_of_product, energies_of_weight, of_product, of_weight
 
 Sides = Sequence[Tensor | None] | None
 Initialization = Callable[[Form, Sequence[Tensor], int, Sides], Sequence[Tensor]]
@@ -36,14 +36,36 @@ def activation(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = 
     if not looks_at(form, factors, sides) or rank >= form.size(factors)[1]:
         return spectral(form, factors, rank)
     if len(factors) == 1:
-        rows = [side for side in sides if side is not None and side.dim() < factors[0].dim()]
-        columns = [side for side in sides if side is not None and side.dim() == factors[0].dim()]
-        pair = of_weight(factors[0], rank, sum(columns) if columns else None, sum(rows) if rows else None)
-    elif sides[1] is None:
-        pair = of_product(*factors, rank, None, sides[0])
+        pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides))
     else:
-        pair = of_product(*factors, rank, *sides)
+        pair = of_product(*factors, rank, *_metrics(sides))
     return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
+
+
+def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None) -> Tensor:
+    """What each further rank of ``activation`` saves of the error, summed over heads, in descending order, float64.
+
+    Without sides, or where it cannot use them, of ``spectral``: the squared singular values.
+    """
+    if not looks_at(form, factors, sides):
+        each = form.singular_values(factors).double().square()
+    elif len(factors) == 1:
+        each = energies_of_weight(factors[0], *_columns_and_rows(factors[0], sides))
+    else:
+        each = energies_of_product(*factors, *_metrics(sides))
+    return each.reshape(-1, each.shape[-1]).sum(0).cpu()
+
+
+def _columns_and_rows(matrix: Tensor, sides: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Moments of what a weight multiplies, and counts of its rows; several of each where layers are tied."""
+    known = [side for side in sides if side is not None]
+    columns, rows = ([s for s in known if (s.dim() == matrix.dim()) == square] for square in (True, False))
+    return sum(columns) if columns else None, sum(rows) if rows else None
+
+
+def _metrics(sides: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor]:
+    """Of the left factor's features and of the right one's; of outputs and values those between them."""
+    return (None, sides[0]) if sides[1] is None else (sides[0], sides[1])
 
 
 def looks_at(form: Form, factors: Sequence[Tensor], sides: Sides) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .attachment import attach, detach
-from .calibration import moments
+from .calibration import Calibration
 from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
 from .config import CALIBRATED, FNLConfig
 from .factorization import (
@@ -20,7 +20,7 @@ from .factorization import (
     parameter_counts,
     swap,
 )
-from .initialization import initial_factors, keeps_the_product, looks_at
+from .initialization import Sides, initial_factors, keeps_the_product, looks_at
 from .messages import say
 from .plan import Plan, headline
 from .planning import nothing_found, plan_with_evidence
@@ -168,10 +168,10 @@ def _factorized(
     whole: bool,
 ) -> Plan:
     """Factorize a model; ``whole``: what the whole model refutes is left out, rather than found by the check."""
-    planned, evidence = plan_with_evidence(model, config, verify, whole)
+    data = None if calibration is None else Calibration(model, calibration)
+    planned, evidence = plan_with_evidence(model, config, verify, whole, data)
     if not planned.targets:
         raise ValueError(nothing_found(model, config, planned))
-    sides = moments(model, planned.targets, calibration, shrink=True) if calibration is not None else {}
     found = {target.name: target.found(model) for target in planned.targets}
     checked = (
         check
@@ -181,7 +181,9 @@ def _factorized(
     )
     if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
         return _factorized(model, config, verify, calibration, check, whole=True)
-    of_all = _sides_of_weights(planned, found, sides)
+    sides = {} if data is None else data.of(planned.targets)
+    if data is not None:
+        _tell_of_blind(planned, found, sides)
     factors, unmoved, of_weights = {}, set(), {}
     for target in planned.targets:
         product = found[target.name]
@@ -191,9 +193,9 @@ def _factorized(
                 raise ValueError(
                     f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
                 )
-        weights = target.rank, *_key(product)
+        weights = target.rank, *product.weights
         if weights not in of_weights:  # tied layers have one product
-            new = initial_factors(product.form, original, target.rank, config.init, of_all.get(_key(product)))
+            new = initial_factors(product.form, original, target.rank, config.init, sides.get(product.weights))
             of_weights[weights] = target.shaped(new)
         new = factors[target.name] = of_weights[weights]
         if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
@@ -220,30 +222,18 @@ def _factorized(
     return planned
 
 
-def _key(product: Factorization) -> tuple:
-    """Equal for products of the same weights."""
-    return tuple((id(view.parameter), view.offset) for view in product.views)
-
-
-def _sides_of_weights(
-    planned: Plan, found: Mapping[str, Factorization], sides: Mapping[str, tuple]
-) -> dict[tuple, tuple[torch.Tensor | None, ...]]:
-    """What the data say of each product, those of all that is tied to it together."""
-    of_all: dict[tuple, tuple] = {}
-    for name, own in sides.items():
-        key = _key(found[name])
-        of_all[key] = of_all.get(key, ()) + own if found[name].lone else own
-    blind = sorted(
+def _tell_of_blind(planned: Plan, found: Mapping[str, Factorization], sides: Mapping[tuple, Sides]) -> None:
+    """Say which products lose rank without data on what they lose."""
+    blind = [
         target.name
         for target in planned.targets
-        if sides
-        and target.rank < found[target.name].full_rank
-        and not looks_at(found[target.name].form, found[target.name].views, of_all[_key(found[target.name])])
-    )
+        for product in [found[target.name]]
+        if target.rank < product.full_rank and not product.kind.startswith("rotary")
+        if not looks_at(product.form, product.augmented(), sides.get(product.weights))
+    ]
     if blind:
         some = ", ".join(blind[:3]) + (f" and {len(blind) - 3} more" if len(blind) > 3 else "")
         say(f"fnl_hf: calibration does not reach {some}: spectral there")
-    return of_all
 
 
 def _shape_only(parameter: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .budget import with_ranks
+from .calibration import Calibration
 from .config import FNLConfig, matches_end
 from .heads import HeadTarget, find_heads
 from .layers import LayerTarget, find_layers
@@ -33,12 +34,17 @@ def plan(model: nn.Module, config: FNLConfig, inputs: Mapping | None = None) -> 
 
 
 def plan_with_evidence(
-    model: nn.Module, config: FNLConfig, inputs: Mapping | None = None, whole: bool = True
+    model: nn.Module,
+    config: FNLConfig,
+    inputs: Mapping | None = None,
+    whole: bool = True,
+    calibration: Calibration | None = None,
 ) -> tuple[Plan, Evidence]:
     """``plan``, and what it was proven by.
 
     Args:
         whole: Leave out what a change of basis in the whole model refutes.
+        calibration: What ranks by energy look at, beside the weights.
     """
     found = [Candidate.of(offered, family) for family in FAMILIES.values() for offered in family.finder(model, config)]
     candidates, skipped = selected(found, config)
@@ -58,7 +64,7 @@ def plan_with_evidence(
     products = [target.found for target in targets if not target.found(model).lone] if whole else []
     refuted = refuted_by_the_whole(evidence, products)
     skipped += [Skip(target.name, target.kind, REFUTED) for target in targets if target.name in refuted]
-    targets, dense = with_ranks(model, config, [t for t in targets if t.name not in refuted], evidence)
+    targets, dense = with_ranks(model, config, [t for t in targets if t.name not in refuted], evidence, calibration)
     skipped += dense
     settled = []
     for family in FAMILIES.values():

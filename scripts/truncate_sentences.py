@@ -7,14 +7,16 @@
         --json scripts/results/truncation_minilm_cpu.json --plot scripts/results/truncation_minilm_cpu.png
 
 Every row starts from the trained model and factorizes it with spectral initialisation: each matrix becomes its best
-approximation of some rank, whatever its inputs look like. This is the curve that factors which look at data have to
-beat. Parameters are those of the whole model. Pairs are rows of (sentence, sentence, score) without a header;
-embeddings are means over tokens; the figure is 100 times Spearman's correlation of their cosines with the scores.
+approximation of some rank, whatever its inputs look like. With --calibration, a file of other texts, every row is
+factorized by what the model makes of those as well (init="activation"). Parameters are those of the whole model. Pairs
+are rows of (sentence, sentence, score) without a header; embeddings are means over tokens; the figure is 100 times
+Spearman's correlation of their cosines with the scores.
 """
 
 import argparse
 import copy
 import csv
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 
 import fnl_hf
 from fnl_hf.tasks.running import InputError, open_text, run_main, write_json
+from fnl_hf.texts import text_batches
 
 BATCH = 64  # sentences
 FEED_FORWARD = r".*\.\d+\.(intermediate|output)\.dense"  # of BERT
@@ -104,7 +107,7 @@ def draw(dense: dict, series: dict[str, list[dict]], path: Path) -> None:
         points = sorted((row["parameters"] / 1e6, row["similarity"]) for row in rows)
         axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.2, label=name)
     axes.set(xlabel="parameters of the whole model, million", ylabel="100 x Spearman's correlation")
-    axes.set_title("Spectral truncation of a trained sentence encoder, no training")
+    axes.set_title("A trained sentence encoder made smaller, no training")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a BERT that embeds sentences")
     parser.add_argument("--pairs", type=Path, required=True, metavar="FILE", help="CSV, compressed or not")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts, one in each line; compressed or not")
+    parser.add_argument("--samples", type=int, default=600, metavar="N", help="lines of it (default: 600)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="series that begin with one of these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (PNG)")
     options = parser.parse_args()
@@ -129,14 +135,23 @@ def main() -> None:
         print(f"{name:<72} {row['parameters']:>11,} {share:>7.1%} {row['similarity']:>6.2f}", flush=True)
 
     show("dense", dense)
+    ways: dict[str, list[dict] | None] = {"spectral": None}
+    if options.calibration:
+        ways["activation"] = text_batches(options.calibration, tokenizer, model, options.samples)
     series: dict[str, list[dict]] = {}
     for name, rows in all_settings().items():
-        for setting, fields in rows.items():
-            factorized = fnl_hf.factorize(copy.deepcopy(model), fnl_hf.FNLConfig(**fields))
-            reached = similarity(factorized, tokenizer, pairs, scores)
-            figures = {"parameters": parameters(factorized), "similarity": reached}
-            series.setdefault(name, []).append({"setting": setting} | figures)
-            show(f"{name}: {setting}", figures)
+        if options.only and not name.startswith(tuple(options.only)):
+            continue
+        for init, batches in ways.items():
+            label = name if init == "spectral" else f"{name}, {init}"
+            for setting, fields in rows.items():
+                config, start = fnl_hf.FNLConfig(init=init, **fields), time.perf_counter()
+                factorized = fnl_hf.factorize(copy.deepcopy(model), config, calibration=batches)
+                seconds = round(time.perf_counter() - start, 1)
+                reached = similarity(factorized, tokenizer, pairs, scores)
+                figures = {"parameters": parameters(factorized), "similarity": reached, "seconds": seconds}
+                series.setdefault(label, []).append({"setting": setting} | figures)
+                show(f"{label}: {setting}", figures)
     if options.json:
         write_json(options.json, {"pairs": len(pairs), "dense": dense, "series": series})
     if options.plot:

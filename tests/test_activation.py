@@ -144,8 +144,21 @@ def test_what_ties_an_embedding_to_the_output_counts_both():
     shown = torch.arange(3, 12)
     table = model.get_input_embeddings().weight
     spectral = factorized(model, attention=(), target_modules="all", rank=0.25).get_input_embeddings()
-    errors = [float((e(shown) - table[shown]).square().mean()) for e in (embedding, spectral)]
+    errors = [float((e(shown) - table[shown]).square().mean().detach()) for e in (embedding, spectral)]
     assert errors[0] < errors[1]
+
+
+def test_ranks_by_error_follow_the_data():
+    model, batches = bert(), narrow_data(None)
+    settings = {"target_ratio": 0.5, "rank_allocation": "error"}
+    sizes = []
+    for data in (batches, None):
+        small = factorized(model, data, **settings)
+        products = fnl_hf.factorizations(small)
+        sizes.append({product.name: product.size()[1] for product in products})
+        total = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+        assert 0.4 < total <= 0.5
+    assert sizes[0] != sizes[1]
 
 
 def test_half_precision_and_what_no_batch_reaches(capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fnl_hf.algebra.weighted import of_product, of_weight, shrunk
+from fnl_hf.algebra.weighted import energies_of_product, energies_of_weight, of_product, of_weight, shrunk
 
 
 def drawn(*shape, seed=0):
@@ -55,6 +55,7 @@ def test_no_weight_of_the_rank_is_better(shape, deficient, weighted):
     reached = float(error(left, right))
     assert left.shape == (shape[0], rank) and right.shape == (rank, shape[1])
     assert reached <= least(error, (left, right)) * (1 + 1e-7) + 1e-12
+    assert_close(float(energies_of_weight(weight, columns, rows)[rank:].sum()), reached, rtol=1e-6, atol=1e-9)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     assert reached < 0.98 * float(error(u[:, :rank] * s[:rank], v[:rank]))  # truncation is another one
 
@@ -71,11 +72,13 @@ def test_no_queries_and_keys_of_the_rank_score_better(heads, rank_of_keys):
         return torch.einsum("hij,hik,hjl,hkl->", of_queries, difference, difference, of_keys.expand(heads, -1, -1))
 
     new_left, new_right = of_product(left, right, 3, of_queries, of_keys)
+    lost = energies_of_product(left, right, of_queries, of_keys)[..., 3:].sum()
     a = torch.linalg.lstsq(left, new_left).solution
     b = torch.linalg.lstsq(right.mT.expand(1, -1, -1), new_right.mT).solution
     assert_close(left @ a, new_left)
     reached = float(error(a, b))
     assert reached <= least(error, (a, b)) * (1 + 1e-7) + 1e-12
+    assert_close(float(lost), reached, rtol=1e-6, atol=1e-9)
     assert reached < 0.98 * float(
         error(torch.eye(5, 3, dtype=torch.float64).expand(heads, -1, -1), torch.eye(5, 3, dtype=torch.float64)[None])
     )

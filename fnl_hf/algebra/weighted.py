@@ -23,14 +23,17 @@ def of_weight(
     if rows is None and columns is not None and matrix.shape[-2] <= matrix.shape[-1]:
         basis = _leading(matrix @ columns @ matrix.mT, rank)  # of what comes out: needs no inverse of C
         return basis, basis.mT @ matrix
-    scaled = matrix if rows is None else matrix * rows.double().sqrt()[..., None]
+    gram, root, inverse = _gram_of_weight(matrix, columns, rows)
+    basis = _leading(gram, rank)
     if columns is None:
-        basis = _leading(scaled.mT @ scaled, rank)
         return matrix @ basis, basis.mT
-    root, inverse = _roots(columns)
-    scaled = scaled @ root
-    basis = _leading(scaled.mT @ scaled, rank)
     return matrix @ (root @ basis), basis.mT @ inverse
+
+
+def energies_of_weight(matrix: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """Squared singular values of D^½ W C^½ in descending order, (*batch, min(m, n)): what each further rank saves."""
+    size = min(matrix.shape[-2:])
+    return _energies(_gram_of_weight(matrix.double(), columns, rows)[0])[..., :size]
 
 
 def of_product(
@@ -51,15 +54,16 @@ def of_product(
         right_metric: (*batch, r, r), of either factor's batch.
     """
     left, right, metric = left.double(), right.double(), right_metric.double()
-    left_metric = left.mT @ left if left_metric is None else left_metric.double()
-    shared = [i for i, (a, b) in enumerate(zip(left.shape[:-2], right.shape[:-2], strict=True)) if b == 1 < a]
-    mean = metric.mean(shared, keepdim=True) if shared else metric
-    total = left_metric.sum(shared, keepdim=True) if shared else left_metric
-    root, inverse = _roots(mean)
-    down = inverse @ _leading(root @ total @ root, rank)  # (*batch, r, rank)
+    gram, inverse = _gram_of_product(left, right, left_metric, metric)
+    down = inverse @ _leading(gram, rank)  # (*batch, r, rank)
     up = metric @ down
     up = torch.linalg.solve(down.mT @ up, up, left=False)
     return left @ up, down.mT @ right
+
+
+def energies_of_product(left: Tensor, right: Tensor, left_metric: Tensor | None, right_metric: Tensor) -> Tensor:
+    """What each further rank of ``of_product`` saves, (*batch of right, r), in descending order."""
+    return _energies(_gram_of_product(left.double(), right.double(), left_metric, right_metric.double())[0])
 
 
 def shrunk(moment: Tensor, count: int) -> Tensor:
@@ -80,6 +84,30 @@ def shrunk(moment: Tensor, count: int) -> Tensor:
     share = torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), 1).clamp(max=1)
     identity = torch.eye(size, dtype=moment.dtype, device=moment.device)
     return torch.lerp(moment, (trace / size)[..., None, None] * identity, share[..., None, None])
+
+
+def _gram_of_weight(matrix: Tensor, columns: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """C^½ WᵀD W C^½, C^½ and C^{-½}; the last two None without C."""
+    root, inverse = (None, None) if columns is None else _roots(columns)
+    scaled = matrix if rows is None else matrix * rows.double().sqrt()[..., None]
+    scaled = scaled if root is None else scaled @ root
+    return scaled.mT @ scaled, root, inverse
+
+
+def _gram_of_product(
+    left: Tensor, right: Tensor, left_metric: Tensor | None, right_metric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """C_r^½ (Σ C_l) C_r^½ of the group that shares the right factor, and its C_r^{-½}."""
+    left_metric = left.mT @ left if left_metric is None else left_metric.double()
+    shared = [i for i, (a, b) in enumerate(zip(left.shape[:-2], right.shape[:-2], strict=True)) if b == 1 < a]
+    mean = right_metric.mean(shared, keepdim=True) if shared else right_metric
+    total = left_metric.sum(shared, keepdim=True) if shared else left_metric
+    root, inverse = _roots(mean)
+    return root @ total @ root, inverse
+
+
+def _energies(gram: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
