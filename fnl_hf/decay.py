@@ -192,5 +192,5 @@ def _check_stable(products: Sequence[Factorization], of_products: Sequence, rate
             raise FloatingPointError(
                 f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "
                 f"and a factor's squared spectral norm is {stiffness:.3g}, but their product must be below 1; lower "
-                "frobenius_decay or learning_rate"
+                "frobenius_decay or learning_rate (of Spectron factor_learning_rate)"
             )

@@ -7,7 +7,7 @@ Everything else is stepped by AdamW.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,13 @@ class Spectron(Optimizer):
     p ← p (1 − lr λ) before.
 
     Every group of parameters becomes one for each of the three methods, some of them empty. Their ``lr`` is the bound η
-    where ``method`` is "spectron" or "muon", so that a schedule scales all rates alike.
+    where ``method`` is "spectron" or "muon", so that a schedule scales all rates alike; it is the group's own
+    ``factor_lr``, or ``factor_lr`` times what the group's ``lr`` is of ``lr``.
+
+    Of a product with a factor that is frozen, or got no gradient, the other one alone moves, by as much.
 
     Args:
-        params: parameters, or groups of them.
+        params: parameters, or groups of them; with their names or without.
         products: gives the factorizations of the model as it is now. Those of two factors that both train, in
             parameters that hold nothing else, are stepped as products: each head as its own, heads that share a
             factor as their stacked matrix. Embeddings are not: few of their rows get a gradient in a step.
@@ -62,7 +65,7 @@ class Spectron(Optimizer):
         factor_lr: η, below 1.
 
     Raises:
-        ValueError: A rate or momentum out of range.
+        ValueError: A rate, momentum or weight decay out of range.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class Spectron(Optimizer):
     ):
         if not 0 <= factor_lr < 1 or not 0 <= momentum < 1:
             raise ValueError(f"factor_lr {factor_lr}, momentum {momentum}: expected at least 0 and below 1")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay {weight_decay}: expected at least 0")
         groups = list(params)
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
-        groups = [{**group, "params": list(group["params"])} for group in groups]
+        groups = [{**group, "params": _without_names(group["params"])} for group in groups]
         now = products()
-        method_of = dict.fromkeys(matrices, "muon")
+        method_of = dict.fromkeys((p for p in matrices if min(p.shape) > 1), "muon")  # a row has no spectrum
         method_of |= dict.fromkeys((p for product in now for p in product.parameters()), "adamw")
         held = {p for group in groups for p in group["params"]}
         method_of |= dict.fromkeys((p for product in _steppable(now, held) for p in product.parameters()), "spectron")
@@ -93,7 +98,8 @@ class Spectron(Optimizer):
         self._resolved: tuple[list[nn.Parameter], list[_Product]] = [], []
         super().__init__(
             [
-                {**group, "params": some, "method": method} | ({} if method == "adamw" else {"lr": factor_lr})
+                {**group, "params": some, "method": method}
+                | ({} if method == "adamw" else {"lr": _factor_rate(group, lr, factor_lr)})
                 for method in _WAYS
                 for group in groups
                 for some in [[p for p in group["params"] if method_of.get(p, "adamw") == method]]
@@ -106,14 +112,15 @@ class Spectron(Optimizer):
         """One update; ``closure`` re-evaluates the loss, as in every torch optimizer."""
         loss = evaluated(closure)
         directions, bounds = self._directions()
-        products = [product for product in self._products() if all(p in directions for p in product.parameters)]
+        products = [product for product in self._products() if any(p in directions for p in product.parameters)]
         dense = [p for g in self.param_groups if g["method"] == "muon" for p in g["params"] if p in directions]
-        sides = [side for product in products for side in product.sides(directions.__getitem__)]
+        sides = [side for product in products for side in product.sides(lambda p: _or_zeros(directions, p))]
         polar = _in_batches(orthogonalized, [*sides, *(_whole(directions[p])[None] for p in dense)])
         norms = self._norms(products)
         for i, product in enumerate(products):
             pair = slice(2 * i, 2 * i + 2)
-            product.add_(bounded_steps(polar[pair], norms[pair], bounds[product.parameters[0]]))
+            bound = next(bounds[p] for p in product.parameters if p in bounds)
+            product.add_(bounded_steps(polar[pair], norms[pair], bound), directions)
         for parameter, direction in zip(dense, polar[2 * len(products) :], strict=True):
             _add_(parameter, direction * (-OF_DENSE * bounds[parameter]))
         self._step_others()
@@ -124,11 +131,27 @@ class Spectron(Optimizer):
         rows = []
         for way, what in zip(_WAYS, ("everything else", "factors of products", "dense matrices"), strict=True):
             moved = [p for group in self.param_groups if group["method"] == way for p in group["params"]]
-            rates = {group.get("initial_lr", group["lr"]) for group in self.param_groups if group["method"] == way}
-            numbers = f"{len(moved)}", f"{sum(p.numel() for p in moved):,}", f"{max(rates):g}"
+            of = OF_DENSE if way == "muon" else 1  # as far as it moves
+            rates = {
+                of * group.get("initial_lr", group["lr"])
+                for group in self.param_groups
+                if group["method"] == way and group["params"]
+            }
+            rate = " to ".join(f"{rate:g}" for rate in sorted({min(rates, default=0.0), max(rates, default=0.0)}))
+            numbers = f"{len(moved)}", f"{sum(p.numel() for p in moved):,}", rate
             rows.append((way, what, *numbers))
         return "fnl_hf: what is stepped how\n" + aligned(
             [("optimizer", "of", "tensors", "parameters", "rate"), *(row for row in rows if row[2] != "0")]
+        )
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in `Optimizer`; what is added later is stepped by AdamW."""
+        super().add_param_group({"method": "adamw"} | param_group)
+
+    def __getstate__(self):
+        raise TypeError(
+            "a Spectron cannot be copied or pickled, since it asks one model for its products: make a new one for the "
+            "copy, and load_state_dict(optimizer.state_dict())"
         )
 
     def _directions(self) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, float]]:
@@ -156,6 +179,11 @@ class Spectron(Optimizer):
         known, products = self._resolved
         if len(known) != len(held) or any(a is not b for a, b in zip(known, held, strict=True)):
             products = [_Product(product) for product in _steppable(self.products(), set(held))]
+            if lost := set(held).difference(p for product in products for p in product.parameters):
+                raise RuntimeError(
+                    f"{len(lost)} parameters that were factors when this optimizer was made are in no product of the "
+                    "model now: make a new one, for the parameters that the model has"
+                )
             self._resolved = held, products
         return products
 
@@ -192,9 +220,10 @@ class _Product:
         left, right = self.form.batched([view.read(_whole(of(view.parameter))) for view in self.views])
         return left, right.mT
 
-    def add_(self, steps: tuple[Tensor, Tensor]) -> None:
+    def add_(self, steps: tuple[Tensor, Tensor], moving: Container[nn.Parameter]) -> None:
         for view, step in zip(self.views, (steps[0], steps[1].mT), strict=True):
-            _add_(view.parameter, step, view.read)
+            if view.parameter in moving:
+                _add_(view.parameter, step, view.read)
 
 
 def _steppable(products: Sequence[Factorization], held: set[nn.Parameter]) -> list[Factorization]:
@@ -223,6 +252,21 @@ def _steppable(products: Sequence[Factorization], held: set[nn.Parameter]) -> li
         if len(kept) == len(chosen):
             return kept
         chosen = kept  # what is left out may have read the rest of another one's parameter
+
+
+def _without_names(params: Iterable[nn.Parameter | tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    return [each[1] if isinstance(each, tuple) else each for each in params]
+
+
+def _factor_rate(group: dict, lr: float, factor_lr: float) -> float:
+    """η of a group of parameters."""
+    if "factor_lr" in group:
+        return group["factor_lr"]
+    return factor_lr * group["lr"] / lr if "lr" in group and lr else factor_lr
+
+
+def _or_zeros(directions: dict[nn.Parameter, Tensor], parameter: nn.Parameter) -> Tensor:
+    return directions[parameter] if parameter in directions else torch.zeros_like(parameter)
 
 
 def _in_batches(function: Callable, matrices: Sequence[Tensor], *others: Sequence[Tensor | None]) -> list:

@@ -10,7 +10,6 @@ from .divergence import check_finite
 from .factorization import factorizations
 from .layers import hidden_matrices
 from .loss import LabelCount, labels_of
-from .messages import say
 from .optim import NAG, Lamb
 from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, Rule
 from .saving import own_names
@@ -86,7 +85,7 @@ class FNLTrainerMixin(WarmStartMixin):
         """As in `Trainer`, and LAMB, NAG and Spectron for ``fnl_optim``.
 
         Raises:
-            ValueError: Spectron beside an ``optim`` other than torch's AdamW.
+            ValueError: ``optim_args`` say of an optimizer of ours what it does not take.
         """
         if args.fnl_optim == "lamb":
             return Lamb, {
@@ -94,21 +93,15 @@ class FNLTrainerMixin(WarmStartMixin):
                 "betas": (args.adam_beta1, args.adam_beta2),
                 "eps": args.adam_epsilon,
             }
-        pairs = (pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair)
         if args.fnl_optim == "nag":
-            return NAG, {"lr": args.learning_rate, **{name: float(value) for name, value in pairs}}
+            return NAG, {"lr": args.learning_rate, **_momentum(args)}
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.fnl_optim == "spectron":
-            if kind is not torch.optim.AdamW:
-                raise ValueError(
-                    f"fnl_optim is 'spectron', which steps what is no hidden matrix by AdamW, but optim is "
-                    f"{args.optim!r}: leave it at 'adamw_torch_fused' or 'adamw_torch'"
-                )
             if args.factor_learning_rate is not None:
                 options["factor_lr"] = args.factor_learning_rate
             if model is not None:
                 options |= {"products": lambda: factorizations(model), "matrices": hidden_matrices(model)}
-            return Spectron, options | {name: float(value) for name, value in pairs}
+            return Spectron, options | _momentum(args)
         return kind, options
 
     def create_optimizer(self, *args, **kwargs):
@@ -117,8 +110,6 @@ class FNLTrainerMixin(WarmStartMixin):
         # Trained again, or with a smaller batch after memory ran out, it comes back in accelerate's wrapper.
         optimizer = created.optimizer if isinstance(created, AcceleratedOptimizer) else created
         if self._attached_to is not optimizer:
-            if isinstance(optimizer, Spectron):
-                say(optimizer.table())
             for rule in self.rules:
                 rule.attach(optimizer)
             self._attached_to = optimizer
@@ -227,3 +218,22 @@ class FNLTrainer(FNLTrainerMixin, Trainer):
 
 class FNLSeq2SeqTrainer(FNLTrainerMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with Frobenius decay and other rules; takes `FNLSeq2SeqTrainingArguments`."""
+
+
+def _momentum(args) -> dict[str, float]:
+    """What ``optim_args`` may say of an optimizer of ours: momentum=0.9.
+
+    Raises:
+        ValueError: It says something else.
+    """
+    pairs = [pair.partition("=") for pair in (args.optim_args or "").replace(" ", "").split(",") if pair]
+    try:
+        given = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        given = {"": 0.0}
+    if given.keys() - {"momentum"}:
+        raise ValueError(
+            f"optim_args is {args.optim_args!r}, but fnl_optim={args.fnl_optim!r} takes momentum=... there and nothing "
+            "else: rates, betas and epsilon are arguments of their own"
+        )
+    return given

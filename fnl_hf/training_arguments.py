@@ -33,6 +33,8 @@ class FNLArguments:
             LAMB + FD; betas and epsilon from `adam_*`. `"nag"`: fairseq's Nesterov momentum (0.99, or `optim_args`).
             `"spectron"`: steps of bounded spectral norm on hidden matrices and products of two factors (momentum 0.95,
             or `optim_args`), AdamW with the usual arguments on everything else; a dense model is trained by Muon.
+            Decoupled decay goes at its own rate: a coefficient counts `factor_learning_rate / learning_rate` times what
+            it does under AdamW.
         factor_learning_rate (`float`, *optional*):
             Of Spectron: how far a product moves in a step, by spectral norm, at the top of the schedule; 0.03 if not
             given.
@@ -84,8 +86,8 @@ class FNLArguments:
             "help": "An optimizer beside those of --optim. lamb: with decoupled decay FLAMBé, with coupled decay the "
             "paper's LAMB + FD; betas and epsilon from adam_*. nag: fairseq's Nesterov momentum (0.99, or "
             "--optim_args momentum=...). spectron: steps of bounded spectral norm on hidden matrices and products of "
-            "two factors, AdamW on everything else.",
-            "choices": _OPTIMIZERS,
+            "two factors, AdamW on everything else. none: that of --optim.",
+            "choices": (*_OPTIMIZERS, "none"),
         },
     )
     factor_learning_rate: float | None = field(
@@ -114,6 +116,8 @@ class FNLArguments:
 
     def __post_init__(self):
         super().__post_init__()
+        if self.fnl_optim == "none":
+            self.fnl_optim = None
         if self.factorize_at is not None:
             step, _ = parse_switch(self.factorize_at)
             if step is not None and 0 < self.max_steps <= step:  # steps counted from epochs: when training begins
@@ -127,13 +131,18 @@ class FNLArguments:
             if self.fnl_optim != "spectron":
                 raise ValueError(
                     f"factor_learning_rate is {self.factor_learning_rate}, but fnl_optim is {self.fnl_optim!r}: it is "
-                    "a rate of 'spectron'"
+                    "a rate of 'spectron'. Set that too, or leave it out"
                 )
             if not 0 <= self.factor_learning_rate < 1:
                 raise ValueError(
                     f"factor_learning_rate is {self.factor_learning_rate}, expected at least 0 and below 1: it bounds "
                     "how far a product moves in a step, by spectral norm"
                 )
+        if self.fnl_optim == "spectron" and self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"fnl_optim is 'spectron', which steps what is no hidden matrix by AdamW, but optim is "
+                f"{str(getattr(self.optim, 'value', self.optim))!r}: leave it at 'adamw_torch_fused' or 'adamw_torch'"
+            )
         if self.frobenius_decay is not None:
             check_coefficient(self.frobenius_decay, "frobenius_decay")
         for name, known in (

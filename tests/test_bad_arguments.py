@@ -72,6 +72,7 @@ def refused(monkeypatch, tmp_path, capsys, script, **option) -> str:
         ({"optim_args": "momentum"}, "--optim_args momentum: expected names and values such as"),
         ({"low_rank": 0.25, "rank": 0.5}, "--low_rank 0.25 and --rank: the one says what the other does"),
         ({"low_rank": 1.5}, "--low_rank 1.5: expected above 0 and at most 1"),
+        ({"low_rank": 0.25, "head_rank": 0.5}, "--head_rank 0.5 is of heads, which --low_rank leaves to their linear"),
         ({"factor_learning_rate": 0.1}, "a rate of 'spectron'"),
         ({"metric_for_best_model": "blue"}, "--metric_for_best_model blue: an evaluation gives"),
         ({"max_steps": "many"}, "--max_steps: invalid int value: 'many'. See --help"),
@@ -186,6 +187,8 @@ def test_low_rank_stands_for_others(monkeypatch, tmp_path, parse):
     if not checkpoint:
         monkeypatch.setattr("sys.argv", [*words, "--factor_learning_rate", "0.06"])
         assert parse("")[-1].factor_learning_rate == 0.06  # of the optimizer that it stands for
+        monkeypatch.setattr("sys.argv", [*words, "--fnl_optim", "none"])
+        assert parse("")[-1].fnl_optim is None
 
 
 def test_one_step_of_masked_lm(monkeypatch, tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.algebra.polar import orthogonalized, spectral_norms
+from fnl_hf.layers import hidden_matrices
 from fnl_hf.spectron import OF_DENSE, Spectron, bounded_steps
 from tests.families import BART, BERT
 from tests.test_trainer import examples, make_model
@@ -233,9 +234,12 @@ def test_parameters_without_a_gradient_stay():
     model = fnl_hf.factorize(tf.BertModel(tf.BertConfig(**BERT)), LAYERS)
     before, optimizer = copy.deepcopy(model.state_dict()), spectron(model)
     optimizer.step()
-    model.encoder.layer[0].output.dense.right.grad = torch.ones_like(model.encoder.layer[0].output.dense.right)
-    optimizer.step()  # one half of a product alone is no step of it
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    right = model.encoder.layer[0].output.dense.right
+    right.grad = torch.randn_like(right)
+    optimizer.step()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == ["encoder.layer.0.output.dense.right"]
 
 
 @pytest.mark.parametrize("options", [{"factor_lr": 1.0}, {"factor_lr": -0.1}, {"momentum": 1.0}])
@@ -359,9 +363,105 @@ def test_what_does_not_go_together(tmp_path):
         fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), factor_learning_rate=0.1)
     with pytest.raises(ValueError, match="expected at least 0 and below 1"):
         fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), fnl_optim="spectron", factor_learning_rate=1.5)
-    run = trainer(tmp_path, make_model("bert"), optim="adafactor", frobenius_decay=0.0)
-    with pytest.raises(ValueError, match="leave it at 'adamw_torch_fused'"):
-        run.create_optimizer()
+    with pytest.raises(ValueError, match="optim is 'adafactor': leave it at 'adamw_torch_fused'"):
+        fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), fnl_optim="spectron", optim="adafactor")
+    for words in ("nesterov=1", "momentum=high", "lr=0.5"):
+        run = trainer(tmp_path, make_model("bert"), frobenius_decay=0.0, optim_args=words)
+        with pytest.raises(ValueError, match=f"optim_args is '{words}', but fnl_optim='spectron' takes momentum"):
+            run.create_optimizer()
+
+
+def lone_layer(rows=20, columns=12, rank=3):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows)).double()
+    return fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules=["0"], rank=rank))
+
+
+def step_on(model, optimizer, target=None, steps=1):
+    """Steps of a regression; returns how far the product moved in each, by spectral norm."""
+    moved = []
+    for seed in range(steps):
+        x = torch.randn(32, model[0].in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        before = model[0].composed().detach().clone()
+        loss = (model(x) if target is None else model(x) - x @ target.T).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(float(torch.linalg.matrix_norm(model[0].composed().detach() - before, 2)))
+    return moved
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_beside_a_frozen_factor_the_other_one_moves(when):
+    model = lone_layer()
+    if when == "before":
+        model[0].right.requires_grad_(False)
+    optimizer = spectron(model, factor_lr=0.1)
+    if when == "later":
+        step_on(model, optimizer)
+        model[0].right.requires_grad_(False)
+    right, left = model[0].right.clone(), model[0].stored("weight").clone()
+    (moved,) = step_on(model, optimizer)
+    assert torch.equal(model[0].right, right) and not torch.equal(model[0].stored("weight"), left)
+    assert 0.01 < moved <= 0.15
+
+
+def test_a_factor_that_grows_from_zero_keeps_the_bound():
+    model = lone_layer(24, 24, 8)
+    with torch.no_grad():
+        model[0].stored("weight").zero_()
+    target = torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    moved = step_on(model, spectron(model, factor_lr=0.3), target, steps=150)
+    assert torch.linalg.matrix_norm(model[0].stored("weight"), 2) > 1
+    assert max(moved) <= 1.05 * 0.3  # its norm was 0 when it was first looked at
+
+
+def test_norms_of_a_matrix_that_was_replaced():
+    matrices, vectors = torch.zeros(1, 30, 6), None
+    for place in (0, 3):
+        matrices = torch.zeros(1, 30, 6)
+        matrices[0, 0, place] = 5.0
+        norms, vectors = spectral_norms(matrices, vectors)
+        assert_close(norms, torch.full((1, 1, 1), 5.0))
+    norms, _ = spectral_norms(matrices, torch.zeros(1, 6, 1))
+    assert_close(norms, torch.full((1, 1, 1), 5.0))
+
+
+def test_rates_of_groups():
+    model = lone_layer()
+    products = lambda: fnl_hf.factorizations(model)  # noqa: E731
+    parameters = list(model.parameters())
+    for group, rate in (({}, 0.03), ({"lr": 0.0}, 0.0), ({"lr": 5e-4}, 0.015), ({"lr": 5e-4, "factor_lr": 0.2}, 0.2)):
+        optimizer = Spectron([{"params": parameters} | group], products, lr=1e-3)
+        rates = {g["method"]: g["lr"] for g in optimizer.param_groups}
+        assert rates["spectron"] == pytest.approx(rate) and rates["adamw"] == group.get("lr", 1e-3)
+    optimizer = Spectron(model.named_parameters(), products)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2, 0]
+
+
+def test_as_an_optimizer_of_torch():
+    model = lone_layer()
+    optimizer = spectron(model)
+    more = torch.nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [more], "lr": 0.1})
+    more.grad = torch.ones(3)
+    optimizer.step()
+    assert_close(more.detach(), torch.full((3,), 0.9))
+    with pytest.raises(TypeError, match="make a new one for the copy"):
+        copy.deepcopy(optimizer)
+    optimizer = spectron(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    fnl_hf.to_dense(model)
+    with pytest.raises(RuntimeError, match="2 parameters that were factors .* are in no product of the model now"):
+        optimizer.step()
+
+
+def test_adapters_are_stepped_by_adamw():
+    peft = pytest.importorskip("peft")
+    model = fnl_hf.factorize(make_model("bert"), LAYERS)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "dense"], r=2))
+    assert not [p for p in hidden_matrices(adapted) if p.requires_grad]
 
 
 def test_half_precision_weights():
@@ -370,7 +470,8 @@ def test_half_precision_weights():
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = copy.deepcopy(model)
-    optimizer.step()
+    for _ in range(3):
+        optimizer.step()
     stepped = {p for group in optimizer.param_groups if group["method"] == "spectron" for p in group["params"]}
     for now, old in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.isfinite(now).all() and (now not in stepped or not torch.equal(now, old))

@@ -64,16 +64,24 @@ def spectral_norms(matrices: Tensor, vectors: Tensor | None = None) -> tuple[Ten
     """(‖M‖₂ of every matrix (B, m, r), as (B, 1, 1); its right singular vector (B, r, 1)), by power iteration.
 
     Given the vectors of a call before, when the matrices were a little different: one more iteration. Without them: 64,
-    by squarings of the Gram matrix. The norms are bounded by the exact ones, and close to them where one leads.
+    by squarings of the Gram matrix. The norms are bounded by the exact ones, and close to them where one leads. A
+    vector that the matrix takes for less than its largest column is of another matrix (or of zeros), and given up for
+    the unit vector of that column.
     """
     work = accumulating(matrices)
+    longest, column = work.norm(dim=-2).max(-1)
     if vectors is None:
         gram = work.mT @ work
         for _ in range(_SQUARINGS):
             gram = gram / gram.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
             gram = gram @ gram
-        column = gram.norm(dim=-2).argmax(-1)[:, None, None].expand(-1, gram.shape[-2], 1)
-        vectors = _unit(gram.gather(-1, column))
+        leading = gram.norm(dim=-2).argmax(-1)[:, None, None].expand(-1, gram.shape[-2], 1)
+        vectors = _unit(gram.gather(-1, leading))
+    else:
+        units = torch.nn.functional.one_hot(column, work.shape[-1]).to(work)[..., None]
+        vectors = vectors.to(work.dtype)
+        known = (work @ vectors).norm(dim=-2, keepdim=True) >= longest[:, None, None] * (1 - 1e-3)
+        vectors = torch.where(known & (longest > 0)[:, None, None], vectors, units)
     vectors = work.mT @ _unit(work @ vectors)
     return vectors.norm(dim=-2, keepdim=True), _unit(vectors)
 

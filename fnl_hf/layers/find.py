@@ -60,13 +60,15 @@ def find_layers(model: nn.Module, config: FNLConfig) -> list[Candidate]:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Dense weights of the linear layers that "all-linear" means, each once: no outputs, classifiers or embeddings."""
+    """Dense weights of the linear layers that "all-linear" means, each once: no outputs, embeddings or adapters."""
     leaves = {
         name: leaf
         for name, leaf in model.named_modules()
         if layer_class(leaf) and layer_class(leaf).kind == "linear" and is_plain_linear(leaf) and _holds(leaf)
     }
-    kept = _kept(model, leaves)
+    adapted = [f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    adapters = {name for name in leaves for start in adapted if name.startswith(start) and name != f"{start}base_layer"}
+    kept = adapters.union(_kept(model, leaves))
     return list(dict.fromkeys(leaf.weight for name, leaf in leaves.items() if name not in kept))
 
 

@@ -4,6 +4,8 @@ import math
 
 from ..decay import of_kinds
 from ..measure import gradient_norms, measurements
+from ..messages import say
+from ..spectron import Spectron
 from .frobenius_decay import FrobeniusDecay
 from .rule import Rule
 
@@ -11,7 +13,8 @@ from .rule import Rule
 class LogFactorizations(Rule):
     """Norms, rank and balance of the products, the value of their decay and its gradient's share; changes nothing.
 
-    Every `FNLTrainer` has this rule; ``log_factorizations=False`` keeps it silent.
+    Every `FNLTrainer` has this rule; ``log_factorizations=False`` keeps it out of the log. At start it says what
+    Spectron steps how.
 
     Args:
         decay: The rule that decays, for its coefficient.
@@ -20,6 +23,13 @@ class LogFactorizations(Rule):
     def __init__(self, decay: FrobeniusDecay):
         self.decay = decay
         self._gradient_norms: dict[str, tuple[float, float]] = {}  # of the step to be logged
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        """When rates are settled: those of a checkpoint count."""
+        super().on_train_begin(args, state, control, **kwargs)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+        if isinstance(optimizer, Spectron):
+            say(optimizer.table())
 
     def after_backward(self, scale: float, logged: bool) -> None:
         """Both gradients are measured while they are still apart: this rule comes before the one that adds them."""

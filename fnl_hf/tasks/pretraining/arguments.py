@@ -137,8 +137,6 @@ class MLMArguments(RunArguments, FNLTrainingArguments):
     )
 
     def __post_init__(self):
-        if self.fnl_optim == "none":
-            self.fnl_optim = None
         if self.num_train_epochs > 0:
             self.max_steps = -1
         super().__post_init__()

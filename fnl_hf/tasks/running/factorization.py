@@ -25,7 +25,7 @@ class FactorizationArguments:
         default=None,
         metadata={
             "help": "For all linear layers inside the model this share of their rank: --attention none "
-            "--target_modules all-linear --rank SHARE, and --fnl_optim spectron, unless these are given."
+            "--target_modules all-linear --rank SHARE, and of a new model --fnl_optim spectron, unless these are given."
         },
     )
     attention: list[str] = field(
@@ -119,6 +119,11 @@ def low_rank_words(given: Mapping[str, Any]) -> list[str]:
     """
     if (share := given.get("low_rank")) is None:
         return []
+    if "attention" not in given and "head_rank" in given:
+        raise InputError(
+            f"--head_rank {given['head_rank']} is of heads, which --low_rank leaves to their linear layers. Add "
+            "--attention qk ov, or drop it."
+        )
     if both := sorted(given.keys() & {"rank", "target_ratio"}):
         raise InputError(
             f"--low_rank {share:g} and --{both[0]}: the one says what the other does. Drop one of the two."
