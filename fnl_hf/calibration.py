@@ -94,6 +94,7 @@ def moments(
         (1, rows) of what is looked up; None where that has none. None for all of them if the batches do not reach one.
 
     Raises:
+        TypeError: A batch is no dict.
         ValueError: There are no batches; there is padding, and a module has its positions in a shape of its own.
     """
     collected = {
@@ -110,6 +111,9 @@ def moments(
         device = next((parameter.device for parameter in model.parameters()), None)
         for batch in batches:
             empty = False
+            if not isinstance(batch, Mapping):
+                one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
+                raise TypeError(f"a batch of calibration is a {type(batch).__name__}, expected a dict of inputs{one}")
             batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
             masks[:] = _masks(model, batch)
             model(**batch)

@@ -144,6 +144,10 @@ def test_hooks_and_modes_come_back_whatever_happens():
     with pytest.raises(RuntimeError, match="the disk is gone"):
         moments(model, targets, batches())
     assert hooks(model) == before and model.training
+    with pytest.raises(TypeError, match=r"is a str, expected a dict of inputs \(calibration is one batch: pass a list"):
+        moments(model, targets, inputs)
+    with pytest.raises(TypeError, match="is a tuple, expected a dict of inputs$"):
+        moments(model, targets, [(1, 2)])
     with pytest.raises(ValueError, match="calibration holds no batches"):
         moments(model, targets, [])
     assert hooks(model) == before and model.training

@@ -65,25 +65,26 @@ def spectral_norms(matrices: Tensor, vectors: Tensor | None = None) -> tuple[Ten
 
     Given the vectors of a call before, when the matrices were a little different: one more iteration. Without them: 64,
     by squarings of the Gram matrix. The norms are bounded by the exact ones, and close to them where one leads. A
-    vector that the matrix takes for less than its largest column is of another matrix (or of zeros), and given up for
-    the unit vector of that column.
+    vector whose image is shorter than a column of the matrix is that of another one, or of zeros: then power iteration
+    starts at that column.
     """
     work = accumulating(matrices)
-    longest, column = work.norm(dim=-2).max(-1)
     if vectors is None:
         gram = work.mT @ work
         for _ in range(_SQUARINGS):
             gram = gram / gram.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
             gram = gram @ gram
-        leading = gram.norm(dim=-2).argmax(-1)[:, None, None].expand(-1, gram.shape[-2], 1)
-        vectors = _unit(gram.gather(-1, leading))
-    else:
-        units = torch.nn.functional.one_hot(column, work.shape[-1]).to(work)[..., None]
-        vectors = vectors.to(work.dtype)
-        known = (work @ vectors).norm(dim=-2, keepdim=True) >= longest[:, None, None] * (1 - 1e-3)
-        vectors = torch.where(known & (longest > 0)[:, None, None], vectors, units)
-    vectors = work.mT @ _unit(work @ vectors)
+        vectors = _longest_column(gram)
+    image, column = work @ _unit(vectors.to(work.dtype)), _longest_column(work)
+    shorter = image.norm(dim=-2, keepdim=True) < column.norm(dim=-2, keepdim=True)
+    vectors = work.mT @ _unit(torch.where(shorter, column, image))
     return vectors.norm(dim=-2, keepdim=True), _unit(vectors)
+
+
+def _longest_column(matrices: Tensor) -> Tensor:
+    """(B, m, 1) of matrices (B, m, n)."""
+    place = matrices.norm(dim=-2).argmax(-1)[:, None, None]
+    return matrices.gather(-1, place.expand(-1, matrices.shape[-2], 1))
 
 
 def _unit(vectors: Tensor) -> Tensor:
