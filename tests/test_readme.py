@@ -138,11 +138,18 @@ def rows_of_translation(name):
             yield f"| {variant} | {found['parameters']:,} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("name", ["low_rank_translation_cpu.json", "spectron_translation_cpu.json"])
+@pytest.mark.parametrize("name", ["low_rank_translation", "spectron_translation", "spectron_decay"])
 def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
     text = (RESULTS / "README.md").read_text()
-    rows = list(rows_of_translation(name))
+    rows = list(rows_of_translation(f"{name}_cpu.json"))
     assert len(rows) > 3 and all(row in text for row in rows)
+
+
+def test_the_figures_of_masked_lm_under_spectron_are_those_of_the_results():
+    text = (RESULTS / "README.md").read_text()
+    for variant, found in json.loads((RESULTS / "spectron_mlm_cpu.json").read_text())["variants"].items():
+        losses = " / ".join(f"{loss:.3f}" for loss in found["pretrain"]["metrics"]["eval_loss"].values())
+        assert f"| {variant} | {found['parameters']:,} | {losses} |" in text
 
 
 def test_what_decay_and_spectron_cost_is_what_was_measured():
@@ -173,8 +180,16 @@ def test_what_the_readme_quotes_is_in_the_tables():
         values = low[variant]["translation"]["metrics"]["test_bleu"].values()
         assert shown.format(" and ".join(f"{value:.2f}" for value in values)) in text
     first = json.loads((RESULTS / "spectron_translation_cpu.json").read_text())["variants"]
-    for variant, name in (("quarter-adamw-0.002", "AdamW"), ("quarter-spectron-0.03", "Spectron")):
-        assert f"{first[variant]['translation']['metrics']['test_bleu']['42']:.2f} under {name}" in text
+    for variant, shown in (
+        ("quarter-adamw-0.004", "under AdamW {}"),
+        ("quarter-spectron-0.03-lr-0.004", "under Spectron {}"),
+        ("dense-adamw-0.002", "the dense model under AdamW {}"),
+        ("dense-spectron-0.03-lr-0.004", "under Muon {}"),
+    ):
+        assert shown.format(f"{first[variant]['translation']['metrics']['test_bleu']['42']:.2f}") in text
+    masked = json.loads((RESULTS / "spectron_mlm_cpu.json").read_text())["variants"]
+    for variant in ("quarter-spectron", "dense-lamb"):
+        assert f"{masked[variant]['pretrain']['metrics']['eval_loss']['1']:.2f}" in text
     variants = json.loads((RESULTS / "bert_mini_cpu.json").read_text())["variants"].values()
     losses = [sorted(v["pretrain"]["metrics"]["eval_loss"].items())[0][1] for v in variants]
     assert f"(masked-LM loss {', '.join(f'{loss:.3f}' for loss in losses)})" in text

@@ -40,6 +40,7 @@ _USELESS = {
     "do_eval": "validation pairs are evaluated where there are any. Leave it, or them, out",
     "do_predict": "test pairs are translated where there are any. Leave it, or them, out",
 }
+SPECTRON_LR = 4e-3  # of AdamW's part, the embedding before all: without the layers it bears more
 _FINE_TUNING = {"learning_rate": 5e-5, "warmup_steps": 0.05}  # unless they are given
 # What does not decide what is learned. Files to train on go by what is in them
 MAY_CHANGE = {
@@ -151,7 +152,10 @@ class TranslationArguments(RunArguments, FNLSeq2SeqTrainingArguments):
         default=0.0, metadata={"help": "Passes over the corpus, in place of max_steps; 0: max_steps counts."}
     )
     learning_rate: float = field(
-        default=2e-3, metadata={"help": "Learning rate at the end of the warmup; for a checkpoint 5e-5."}
+        default=2e-3,
+        metadata={
+            "help": "Learning rate at the end of the warmup; for a checkpoint 5e-5; with spectron 4e-3, of AdamW's part."
+        },
     )
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(
@@ -201,6 +205,8 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, Tr
             say(f"Fine-tuning with learning rate {args.learning_rate:g}, warmup over {warmup}, {dropout}.")
         sizes = ("vocab_size", "d_model", "layers", "heads", "ffn_dim")
         check_unused(model_args.given, sizes, "the checkpoint has its own. Leave it out")
+    elif args.fnl_optim == "spectron" and "learning_rate" not in model_args.given:
+        args.learning_rate = SPECTRON_LR
     if args.save_total_limit and args.average_checkpoints > args.save_total_limit:
         raise InputError(
             f"--average_checkpoints {args.average_checkpoints} of the {args.save_total_limit} that are kept. Raise "
