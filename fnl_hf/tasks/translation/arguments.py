@@ -154,7 +154,7 @@ class TranslationArguments(RunArguments, FNLSeq2SeqTrainingArguments):
     learning_rate: float = field(
         default=2e-3,
         metadata={
-            "help": "Learning rate at the end of the warmup; for a checkpoint 5e-5; with spectron 4e-3, of AdamW's part."
+            "help": "Learning rate at the end of the warmup; for a checkpoint 5e-5; with spectron 4e-3, of its AdamW."
         },
     )
     lr_scheduler_type: str = field(default="inverse_sqrt", metadata={"help": "Learning rate schedule."})
