@@ -35,6 +35,7 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
         if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # nobody leaves while another one still listens
             distributed.destroy_process_group()  # its threads may otherwise abort a process that is done
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
