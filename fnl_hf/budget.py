@@ -1,21 +1,25 @@
 """Ranks that follow from a budget of parameters, or from the energy that is to be kept."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration
+from .calibration import Calibration, checked, evaluated
 from .config import FNLConfig
-from .factorization import Factorization
-from .initialization import Sides, energies
+from .distillation import Teacher
+from .factorization import Factorization, overwrite
+from .initialization import Sides, activation, energies
 from .plan import Skip, Target
 from .proof import Evidence
 
-FLOOR = 0.1  # of the rank at which a layer saves nothing: the least that "error" leaves it
+FLOOR = 0.1  # of the rank at which a layer saves nothing: the least that "error" and "loss" leave it
+REFERENCE = 0.5  # of that rank: where "loss" measures
+LOOKS, ROWS = 4, 8  # batches that it measures on, and rows of each
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def with_ranks(
         ranks = [energy_rank(share.energies, config.energy) for share in shares]
     else:
         shared = {target.name for share in shares for target in share.targets}
-        ranks = _within(model, config, shares, _saved(model, [t for t in targets if t.name not in shared]))
+        saved = _saved(model, [t for t in targets if t.name not in shared])
+        ranks = _within(model, config, shares, saved, calibration)
     pairs = zip(shares, ranks, strict=True)
     decided = {target.name: (share, rank) for share, rank in pairs for target in share.targets}
     kept, skipped = [], []
@@ -163,16 +168,24 @@ def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
     return sum(sizes.values())
 
 
-def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int) -> list[int]:
-    """The largest ranks, by one fraction or by error, with which the model is within its ratio.
+def _within(
+    model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int, calibration: Calibration | None
+) -> list[int]:
+    """The largest ranks, by one fraction, by error or by loss, with which the model is within its ratio.
 
     Args:
         saved: parameters that targets of given ranks save.
+        calibration: what losses are measured on.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(share.dense for share in shares) - saved
     budget = config.target_ratio * total - rest
-    ranks_at = _by_fraction if config.rank_allocation == "uniform" else _by_error(shares)
+    if config.rank_allocation == "uniform":
+        ranks_at = _by_fraction
+    elif config.rank_allocation == "error":
+        ranks_at = _by_worth(shares, [1 / share.energies.sum().clamp_min(1e-300) for share in shares])
+    else:
+        ranks_at = _by_worth(shares, losses_per_energy(model, shares, calibration.batches))
 
     def size(level: float) -> int:
         return sum(share.size(rank) for share, rank in zip(shares, ranks_at(shares, level), strict=True))
@@ -191,12 +204,12 @@ def _by_fraction(shares: Sequence[Share], fraction: float) -> list[int]:
     return [max(1, round(fraction * share.full) if share.lone else int(fraction * share.full)) for share in shares]
 
 
-def _by_error(shares: Sequence[Share]) -> Callable[[Sequence[Share], float], list[int]]:
-    """Component i of a layer is kept if σ²_i / Σσ² exceeds λ times the parameters that it takes.
+def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Sequence[Share], float], list[int]]:
+    """Component i of a layer is kept if w σ²_i exceeds λ times the parameters that it takes.
 
-    Exact for a sum of errors, each relative to the energy of its layer. The level in [0, 1] runs through log λ.
+    Exact for a sum of errors, each weighted. The level in [0, 1] runs through log λ.
     """
-    worth = [share.energies / share.energies.sum().clamp_min(1e-300) / share.cost(1) for share in shares]
+    worth = [weight * share.energies / share.cost(1) for share, weight in zip(shares, weights, strict=True)]
     values = torch.cat([w[w > 0] for w in worth]).log()
     low, high = float(values.min()) - 1, float(values.max()) + 1
     floors = [min(share.full, max(1, math.ceil(FLOOR * share.dense / share.cost(1)))) for share in shares]
@@ -206,3 +219,38 @@ def _by_error(shares: Sequence[Share]) -> Callable[[Sequence[Share], float], lis
         return [max(floor, int((w > threshold).sum())) for w, floor in zip(worth, floors, strict=True)]
 
     return ranks_at
+
+
+def losses_per_energy(model: nn.Module, shares: Sequence[Share], batches: Sequence[Mapping]) -> list[float]:
+    """Of each share, what the model loses per energy that is cut there: measured with it alone at a reference rank.
+
+    The loss is the distance of the model's outputs from what they were (`fnl_hf.distillation`), on a few texts.
+    """
+    looks = [_some_rows(batch) for batch in batches[:: max(1, len(batches) // LOOKS)][:LOOKS]]
+    teacher, weights = Teacher(model), []
+    with evaluated(model):
+        looks = list(checked(model, looks))
+        wanted = [teacher.outputs(batch) for batch in looks]
+        for share in shares:
+            rank = max(1, min(share.full - 1, round(REFERENCE * share.dense / share.cost(1))))
+            with _cut(share, rank):
+                pairs = zip(looks, wanted, strict=True)
+                lost = [float(teacher.distance(model(**batch), before, batch)) for batch, before in pairs]
+            weights.append(max(sum(lost) / len(lost), 0.0) / float(share.energies[rank:].sum().clamp_min(1e-300)))
+    return weights
+
+
+@contextlib.contextmanager
+def _cut(share: Share, rank: int) -> Iterator[None]:
+    """Within, the model has a share's product at a lower rank; then, bit for bit, what it had."""
+    product = share.product
+    before = [factor.clone() for factor in product.augmented()]
+    overwrite(product, activation(product.form, before, rank, share.sides))
+    try:
+        yield
+    finally:
+        product.write(before)
+
+
+def _some_rows(batch: Mapping[str, object]) -> dict[str, object]:
+    return {name: value[:ROWS] if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,10 +1,12 @@
 """Second moments of what multiplies the factors of a model, from batches that are run through it."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .algebra.tensors import accumulating
 from .algebra.weighted import shrunk
@@ -13,65 +15,86 @@ from .plan import Activation, Target
 UNSEEN = 0.1  # of a row that no batch looks up: how often it counts
 
 
-class _Moment:
+class Moment:
     """E[x xᵀ] of what a module takes or puts out, summed in float64 on the module's device."""
 
     def __init__(self, activation: Activation):
         self.activation = activation
         self.total: Tensor | None = None  # (*batch, width, width)
+        self.cross: Tensor | None = None  # the same of what stands for x
         self.positions = 0
 
-    def add(self, module: nn.Module, value: object, masks: Sequence[Tensor]) -> None:
-        """Count the features in what the module took or put out, but for positions that a mask leaves out."""
-        features = value[0] if isinstance(value, (tuple, list)) else value
-        features = self._spread(module, features.detach())
-        kept = _kept(features, masks, self.activation.module)
-        product = self._product(module, features[kept])
-        self.total = product if self.total is None else self.total + product
-        self.positions += int(kept.sum())
+    def hook(self, model: nn.Module, take: Callable[[nn.Module, Tensor], None]) -> RemovableHandle:
+        """Hand (the module, its tensor that is read) to ``take`` in every forward of a model from now on."""
+        module = model.get_submodule(self.activation.module)
 
-    def mean(self, shrink: bool) -> Tensor | None:
-        """None where nothing was seen."""
+        def given(value: object) -> None:
+            take(module, (value[0] if isinstance(value, (tuple, list)) else value).detach())
+
+        if self.activation.end == "output":
+            return module.register_forward_hook(lambda module, args, output: given(output))
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: given(args or next(iter(kwargs.values()))), with_kwargs=True
+        )
+
+    def features(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """x, (*batch, positions, width): all positions but those that a mask leaves out."""
+        spread = value if self.activation.spread is None else self.activation.spread(module, value)
+        return self.activation.read(accumulating(spread[_kept(spread, masks, self.activation.module)]))
+
+    def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
+        """Count a batch."""
+        self.add_features(self.features(module, value, masks))
+
+    def add_features(self, x: Tensor, stood_for: Tensor | None = None) -> None:
+        """Count what ``features`` gave, and with it what it stands for, in the same positions."""
+        # a batch by itself in single precision, the sum of batches in double
+        self.total = _plus(self.total, x.mT @ x)
+        if stood_for is not None:
+            self.cross = _plus(self.cross, stood_for.mT @ x)
+        self.positions += x.shape[-2]
+
+    def mean(self, shrink: bool) -> tuple[Tensor | None, Tensor | None]:
+        """E[x xᵀ], and E[x x̃ᵀ] where x̃ stands for x: the first is of x̃ then. None where nothing was seen."""
         if not self.positions:
-            return None
-        mean = self.total / self.positions
-        return shrunk(mean, self.positions) if shrink else mean
-
-    def _spread(self, module: nn.Module, features: Tensor) -> Tensor:
-        return features if self.activation.spread is None else self.activation.spread(module, features)
-
-    def _product(self, module: nn.Module, features: Tensor) -> Tensor:
-        x = self.activation.read(accumulating(features))  # (*batch, positions, width)
-        return (x.mT @ x).double()  # a batch by itself in single precision, the sum of batches in double
+            return None, None
+        mean, cross = (sums if sums is None else sums / self.positions for sums in (self.total, self.cross))
+        return shrunk(mean, self.positions, cross) if shrink else (mean, cross)
 
 
-class _Counts(_Moment):
+class _Counts(Moment):
     """How often a module looks up each of its rows, (1, rows): the diagonal that E[x xᵀ] has for one-hot x."""
 
-    def _spread(self, module: nn.Module, features: Tensor) -> Tensor:
-        return features[..., None]
+    def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
+        kept = value[_kept(value[..., None], masks, self.activation.module)]
+        self.total = _plus(self.total, torch.bincount(kept.flatten(), minlength=module.num_embeddings)[None])
+        self.positions += kept.numel()
 
-    def _product(self, module: nn.Module, features: Tensor) -> Tensor:
-        return torch.bincount(features.flatten(), minlength=module.num_embeddings).double()[None]
+    def mean(self, shrink: bool) -> tuple[Tensor | None, None]:
+        return (self.total.clamp_min(UNSEEN) / self.positions if self.positions else None), None
 
-    def mean(self, shrink: bool) -> Tensor | None:
-        return self.total.clamp_min(UNSEEN) / self.positions if self.positions else None
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more.double() if total is None else total + more
 
 
 class Calibration:
-    """What batches say of the products of a model: run through it once, when it is first asked for."""
+    """What batches say of the products of a model, each of which is looked at once."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, object]]):
-        self.model, self.batches = model, batches
-        self._sides: dict[tuple, tuple[Tensor | None, ...]] | None = None
+        self.model = model
+        self.batches = batches if isinstance(batches, Mapping) else list(batches)  # they are run several times
+        self._sides: dict[tuple, tuple[Tensor | None, ...]] = {}
+        self._looked_at: set[str] = set()
 
     def of(self, targets: Sequence[Target]) -> dict[tuple, tuple[Tensor | None, ...]]:
-        """``Factorization.weights`` -> moments, those of all layers that are tied together; of the first targets."""
-        if self._sides is None:
-            self._sides = {}
-            for target, own in zip(targets, moments(self.model, targets, self.batches, True).values(), strict=True):
-                product = target.found(self.model)
-                self._sides[product.weights] = own + (self._sides.get(product.weights, ()) if product.lone else ())
+        """``Factorization.weights`` -> moments, those of all layers that are tied together."""
+        new = [target for target in targets if target.name not in self._looked_at]
+        found = moments(self.model, new, self.batches, True) if new else {}
+        for target, own in zip(new, found.values(), strict=True):
+            product = target.found(self.model)
+            self._sides[product.weights] = own + (self._sides.get(product.weights, ()) if product.lone else ())
+        self._looked_at.update(found)
         return self._sides
 
 
@@ -97,46 +120,56 @@ def moments(
         TypeError: A batch is no dict.
         ValueError: There are no batches; there is padding, and a module has its positions in a shape of its own.
     """
-    collected = {
-        target.name: [a and (_Moment if a.read else _Counts)(a) for a in target.inputs()] for target in targets
-    }
+    collected = {target.name: [a and (Moment if a.read else _Counts)(a) for a in target.inputs()] for target in targets}
     wanted = [moment for several in collected.values() for moment in several if moment is not None]
     masks: list[Tensor] = []
-    modes, empty = {module: module.training for module in model.modules()}, True
     with contextlib.ExitStack() as stack, torch.no_grad():
         for moment in wanted:
-            stack.callback(_hook(model, moment, masks).remove)
-        stack.callback(_restore, modes)
-        model.eval()
-        device = next((parameter.device for parameter in model.parameters()), None)
-        for batch in batches:
-            empty = False
-            if not isinstance(batch, Mapping):
-                one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
-                raise TypeError(f"a batch of calibration is a {type(batch).__name__}, expected a dict of inputs{one}")
-            batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
-            masks[:] = _masks(model, batch)
+            take = partial(moment.add, masks=masks)  # filled anew for every batch
+            stack.callback(moment.hook(model, take).remove)
+        stack.enter_context(evaluated(model))
+        for batch in checked(model, batches):
+            masks[:] = masks_of(model, batch)
             model(**batch)
-    if empty:
-        raise ValueError("calibration holds no batches: pass at least one dict of model inputs")
-    found = {name: tuple(moment and moment.mean(shrink) for moment in several) for name, several in collected.items()}
+    found = {
+        name: tuple(moment and moment.mean(shrink)[0] for moment in several) for name, several in collected.items()
+    }
     for name, several in collected.items():
         if any(moment is not None and mean is None for moment, mean in zip(several, found[name], strict=True)):
             found[name] = (None,) * len(several)
     return found
 
 
-def _hook(model: nn.Module, moment: _Moment, masks: list[Tensor]):
-    module = model.get_submodule(moment.activation.module)
-    if moment.activation.end == "output":
-        return module.register_forward_hook(lambda module, args, output: moment.add(module, output, masks))
-    return module.register_forward_pre_hook(
-        lambda module, args, kwargs: moment.add(module, args[0] if args else next(iter(kwargs.values())), masks),
-        with_kwargs=True,
-    )
+def checked(model: nn.Module, batches: Iterable[Mapping[str, object]]) -> Iterator[dict[str, object]]:
+    """The batches with their tensors on the model's device.
+
+    Raises:
+        TypeError, ValueError: A batch is no dict; there is none.
+    """
+    device, empty = next((parameter.device for parameter in model.parameters()), None), True
+    for batch in batches:
+        empty = False
+        if not isinstance(batch, Mapping):
+            one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
+            raise TypeError(f"a batch of calibration is a {type(batch).__name__}, expected a dict of inputs{one}")
+        yield {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    if empty:
+        raise ValueError("calibration holds no batches: pass at least one dict of model inputs")
 
 
-def _masks(model: nn.Module, batch: Mapping[str, object]) -> Iterator[Tensor]:
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def masks_of(model: nn.Module, batch: Mapping[str, object]) -> Iterator[Tensor]:
     """Which positions count, (sequences, positions), of source and target; all of a sequence that has no mask."""
     for name in ("attention_mask", "decoder_attention_mask"):
         if isinstance(mask := batch.get(name), Tensor) and mask.dim() == 2:
@@ -162,8 +195,3 @@ def _kept(features: Tensor, masks: Sequence[Tensor], module: str) -> Tensor:
             "out: calibrate on batches without padding"
         )
     return kept
-
-
-def _restore(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training

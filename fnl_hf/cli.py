@@ -137,6 +137,7 @@ def _factorize(options: argparse.Namespace) -> None:
         rank_pattern=options.rank_pattern,
         exclude_modules=_modules(options.exclude_modules),
         init=options.init,
+        calibration_inputs=options.calibration_inputs,
     )
     _refuse_existing(options.out)
     _check_calibration(options)
@@ -321,6 +322,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"
     )
+    command.add_argument(
+        "--calibration_inputs", default="dense", choices=("dense", "compressed"),
+        help="""inputs of each product: as the dense model gives them (default), or as what stands before it will once
+        it is compressed (takes longer)""",
+    )  # fmt: skip
     command.add_argument(
         "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",
         help="""ranks by regular expression on names of products or attention modules, the first match counts:

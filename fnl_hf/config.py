@@ -17,7 +17,7 @@ NOT_BUILT_INITIALIZATIONS = ("functional",)
 CALIBRATED = frozenset({"activation"})  # those that look at data
 FORMS = ("matrix", "deep")
 NOT_BUILT_FORMS = ("tucker", "tucker2", "tensor-train")
-ALLOCATIONS = ("uniform", "error")
+ALLOCATIONS = ("uniform", "error", "loss")
 WILDCARDS = ("all-linear", "all")
 
 
@@ -56,13 +56,19 @@ class FNLConfig(QuantizationConfigMixin):
             that is selected shares the budget, heads included; with `target_modules=None` that is "all". A layer that
             would save nothing stays dense.
         rank_allocation: How `target_ratio` is shared. "uniform": one fraction of every rank. "error": the largest
-            singular values of the weights, each relative to the energy of its layer, per parameter that they cost.
+            singular values (of what the weights make of the data of a calibration, if there is one), each relative to
+            the energy of its layer, per parameter that they cost. "loss": those that cost most of what the model puts
+            out, measured with one product cut at a time; takes an `init` that looks at data.
         form: Of layers: "matrix", U V^T, or "deep", U M V^T with a square M that starts as the identity.
         init: "spectral": balanced factors of each product (the best ones of lower rank). "activation": the best ones
             on the data of `factorize(..., calibration=...)`, for trained models. "default": of heads the
             factors that the model has, at lower rank the leading rows of each head; of layers factors drawn anew, with
             the variance of the weights for their product. For comparison, of layers only: "spectral-ones" (spectral,
             with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in "default".
+        calibration_inputs: Of "activation": what it takes for the inputs of a product. "dense": those that the dense
+            model gives it on the data. "compressed": those that it will get from what stands before it, compressed
+            already, from which it then approximates what the dense model computes; block by block, in five times the
+            time.
         plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
             checkpoint is loaded. Not for users.
         format_version: Of the plan.
@@ -84,6 +90,7 @@ class FNLConfig(QuantizationConfigMixin):
     rank_allocation: str = "uniform"
     form: str = "matrix"
     init: str = "spectral"
+    calibration_inputs: str = "dense"
     plan: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -93,7 +100,7 @@ class FNLConfig(QuantizationConfigMixin):
         self.attention = _attention(self.attention)
         _check_choice("init", self.init, INITIALIZATIONS, NOT_BUILT_INITIALIZATIONS)
         _check_choice("form", self.form, FORMS, NOT_BUILT_FORMS)
-        _check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS, ("loss",))
+        _check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         _check_choice("head_layout", self.head_layout, ("padded", "compact"))
         _check_head_rank("head_rank", self.head_rank)
         self.target_modules = _target_modules(self.target_modules)
@@ -101,6 +108,14 @@ class FNLConfig(QuantizationConfigMixin):
         self.rank_pattern = _rank_pattern(self.rank_pattern)
         self.exclude_modules = _exclude_modules(self.exclude_modules)
         self._check_target_ratio()
+        _check_choice("calibration_inputs", self.calibration_inputs, ("dense", "compressed"))
+        if self.calibration_inputs == "compressed" and self.init != "activation":
+            raise ValueError(f"calibration_inputs='compressed' is of init='activation', and init is {self.init!r}")
+        if self.rank_allocation == "loss" and self.init not in CALIBRATED:
+            raise ValueError(
+                f"rank_allocation='loss' measures on data, and init={self.init!r} takes none: give init='activation' "
+                "and factorize(..., calibration=batches of model inputs)"
+            )
         changed = self.form != "matrix" or not isinstance(self.rank, float) or self.rank != 1.0
         if changed and not self.layers_wanted():
             name = "rank" if self.form == "matrix" else "form"

@@ -146,6 +146,21 @@ class Factorization:
         return [(view, g) for view, g in zip(self.views, gradients, strict=True) if view.parameter.requires_grad]
 
 
+@torch.no_grad()
+def overwrite(product: Factorization, factors: Sequence[Tensor]) -> None:
+    """Give a dense model the product of factors of lower rank, in the place and shape of what it has.
+
+    Of a weight by itself the product, of heads the factors with zeros beyond their rank.
+    """
+    if product.lone:
+        product.write([product.form.product(factors)])
+        return
+    padded = [torch.zeros_like(view.augmented()) for view in product.views]
+    for whole, factor in zip(padded, factors, strict=True):
+        whole[tuple(map(slice, factor.shape))] = factor
+    product.write(padded)
+
+
 # -- where they are found ----------------------------------------------------------------------------
 
 

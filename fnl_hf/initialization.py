@@ -26,19 +26,24 @@ def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = No
     return form.balance(factors, rank)
 
 
-def activation(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
+def activation(
+    form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None, crosses: Sides = None
+) -> Sequence[Tensor]:
     """Balanced factors of the best approximation on the data that ``sides`` are of, not of all inputs alike.
 
     Of a weight the least E‖(W − U Vᵀ) x‖², of queries and keys the least error of the scores, of outputs and values the
     least E‖(O − O' V') z‖² (``algebra.weighted``). Spectral at full rank, where nothing is lost, under rotation, and
     where there are no sides.
+
+    Args:
+        crosses: E[x x̃ᵀ] for each side that is of x̃, which the factors will be given in the place of x.
     """
     if not looks_at(form, factors, sides) or rank >= form.size(factors)[1]:
         return spectral(form, factors, rank)
     if len(factors) == 1:
-        pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides))
+        pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides), crosses and crosses[0])
     else:
-        pair = of_product(*factors, rank, *_metrics(sides))
+        pair = of_product(*factors, rank, *_metrics(sides), *(_metrics(crosses) if crosses else ()))
     return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
 
 
@@ -143,7 +148,8 @@ def keeps_the_product(init: str, lone: bool) -> bool:
 
 @torch.no_grad()
 def initial_factors(
-    form: Form, factors: Sequence[Tensor], rank: int, init: str, sides: Sides = None
+    form: Form, factors: Sequence[Tensor], rank: int, init: str, sides: Sides = None, crosses: Sides = None
 ) -> Sequence[Tensor]:
     """New factors in the place of ``Factorization.augmented`` ones, by a named initialisation."""
-    return INITIALIZATIONS[init](form, factors, rank, sides)
+    more = () if crosses is None else (crosses,)
+    return INITIALIZATIONS[init](form, factors, rank, sides, *more)

@@ -1,6 +1,6 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,11 +22,12 @@ from .factorization import (
 )
 from .initialization import Sides, initial_factors, keeps_the_product, looks_at
 from .messages import say
-from .plan import Plan, headline
+from .plan import Plan, Target, headline
 from .planning import nothing_found, plan_with_evidence
 from .proof import Evidence, Verification, declared_at, holders, prove
 from .replay import distance, new_basis
 from .saving import forget_plans, own_configs, save_under_any_names, save_under_own_names
+from .successive import successive
 
 SAME_BASIS = 0.1  # relative change of a factor under which it is nearly the old one
 
@@ -181,26 +182,15 @@ def _factorized(
     )
     if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
         return _factorized(model, config, verify, calibration, check, whole=True)
-    sides = {} if data is None else data.of(planned.targets)
-    if data is not None:
-        _tell_of_blind(planned, found, sides)
-    factors, unmoved, of_weights = {}, set(), {}
-    for target in planned.targets:
-        product = found[target.name]
+    factors, unmoved, blind = {}, set(), []
+    for target, new, sides in _made(model, planned.targets, config, data):
+        product, factors[target.name] = found[target.name], new
         original = product.augmented()
-        for factor in original:
-            if not torch.linalg.vector_norm(factor, torch.inf).isfinite():
-                raise ValueError(
-                    f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
-                )
-        weights = target.rank, *product.weights
-        if weights not in of_weights:  # tied layers have one product
-            new = initial_factors(product.form, original, target.rank, config.init, sides.get(product.weights))
-            of_weights[weights] = target.shaped(new)
-        new = factors[target.name] = of_weights[weights]
         if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
             unmoved.add(target.name)
-    of_weights.clear()
+        if data is not None and _is_blind(target, product, sides):
+            blind.append(target.name)
+    _tell_of_blind(blind)
     own = set(model.parameters())  # what an error must bring back
     with kept_on_error(model) as written:
         install(model, config, planned)
@@ -222,15 +212,41 @@ def _factorized(
     return planned
 
 
-def _tell_of_blind(planned: Plan, found: Mapping[str, Factorization], sides: Mapping[tuple, Sides]) -> None:
-    """Say which products lose rank without data on what they lose."""
-    blind = [
-        target.name
-        for target in planned.targets
-        for product in [found[target.name]]
-        if target.rank < product.full_rank and not product.kind.startswith("rotary")
-        if not looks_at(product.form, product.augmented(), sides.get(product.weights))
-    ]
+def _made(
+    model: nn.Module, targets: Sequence[Target], config: FNLConfig, data: Calibration | None
+) -> Iterator[tuple[Target, Sequence[torch.Tensor], Sides]]:
+    """(target, its new factors as its layer holds them, what is known of its sides) of every target."""
+    of_weights: dict[tuple, Sequence[torch.Tensor]] = {}  # tied layers have one product
+
+    def initial(target: Target, product: Factorization, sides: Sides, crosses: Sides) -> Sequence[torch.Tensor]:
+        original, key = product.augmented(), (target.rank, *product.weights)
+        for factor in original:
+            if not torch.linalg.vector_norm(factor, torch.inf).isfinite():
+                raise ValueError(
+                    f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
+                )
+        if key not in of_weights:
+            new = initial_factors(product.form, original, target.rank, config.init, sides, crosses)
+            of_weights[key] = target.shaped(new)
+        return of_weights[key]
+
+    if data is not None and config.calibration_inputs == "compressed":
+        yield from successive(model, targets, data, initial)
+        return
+    known = {} if data is None else data.of(targets)
+    for target in targets:
+        product = target.found(model)
+        sides = known.get(product.weights)
+        yield target, initial(target, product, sides, None), sides
+
+
+def _is_blind(target: Target, product: Factorization, sides: Sides) -> bool:
+    """Whether a product loses rank without data on what it loses."""
+    loses = target.rank < product.full_rank and not product.kind.startswith("rotary")
+    return loses and not looks_at(product.form, product.augmented(), sides)
+
+
+def _tell_of_blind(blind: Sequence[str]) -> None:
     if blind:
         some = ", ".join(blind[:3]) + (f" and {len(blind) - 3} more" if len(blind) > 3 else "")
         say(f"fnl_hf: calibration does not reach {some}: spectral there")

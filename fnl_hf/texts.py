@@ -1,4 +1,4 @@
-"""Batches of model inputs from a file of texts, for calibration from the command line."""
+"""Model inputs from a file of texts, to calibrate on or to learn from a teacher."""
 
 import gzip
 import json
@@ -6,6 +6,7 @@ import lzma
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import nn
@@ -24,15 +25,32 @@ def text_batches(
     fields: Sequence[str] = (),
     seed: int = 0,
 ) -> list[dict[str, torch.Tensor]]:
-    """Batches of a random choice of the lines of a file, those of about one length together.
+    """Batches of a random choice of the texts of a file, those of about one length together: see `encoded_texts`."""
+    rows = encoded_texts(path, tokenizer, model, samples, length, fields, seed)
+    rows.sort(key=lambda row: sum(map(len, row.values())))
+    collate = TextCollator(tokenizer, model)
+    return [collate(rows[i : i + BATCH]) for i in range(0, len(rows), BATCH)]
+
+
+def encoded_texts(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    samples: int | None = None,
+    length: int = 128,
+    fields: Sequence[str] = (),
+    seed: int = 0,
+) -> list[dict[str, list[int]]]:
+    """The texts of a file as a tokenizer gives them to a model, unpadded, in random order.
 
     A line is a text, or (.json, .jsonl) an object such as {"text": …}, {"question": …, "context": …} or
-    {"translation": {"de": …, "en": …}}, or (.tsv) texts between tabs; .gz and .xz are unpacked. Of two texts an
-    encoder-decoder takes the second as its target, another model as the second segment. An encoder-decoder that is
-    given one text alone has it as its target too.
+    {"translation": {"de": …, "en": …}}, or (.tsv) texts between tabs; .gz and .xz are unpacked. A .json file in the
+    layout of SQuAD gives its paragraphs, each with its first question before it. Of two texts an encoder-decoder takes
+    the second as its target, another model as the second segment. An encoder-decoder that is given one text alone has
+    it as its target too.
 
     Args:
-        samples: how many lines, at most.
+        samples: how many lines, at most; all if not given.
         length: tokens per text, at most.
         fields: of an object the texts to take, in this order; the first two if not given.
 
@@ -42,19 +60,52 @@ def text_batches(
     rows = [row for row in _rows(Path(path), fields) if any(text.strip() for text in row)]
     if not rows:
         raise ValueError(f"{path} holds no texts to calibrate on: give a file with a text in each line")
-    rows = random.Random(seed).sample(rows, min(samples, len(rows)))
-    rows.sort(key=lambda row: sum(map(len, row)))
-    translates = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if tokenizer.pad_token is None:  # masked out, whatever it is
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    chunks = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    return [_batch(chunk, tokenizer, model, translates, length) for chunk in chunks]
+    rows = random.Random(seed).sample(rows, len(rows) if samples is None else min(samples, len(rows)))
+    options = {"truncation": True, "max_length": length}
+    first, second = [row[0] for row in rows], [row[1] if len(row) > 1 else None for row in rows]
+    if _translates(model):
+        encoded = dict(tokenizer(first, **options))
+        targets = [a if b is None else b for a, b in zip(first, second, strict=True)]
+        encoded["labels"] = tokenizer(text_target=targets, **options)["input_ids"]
+    else:
+        encoded = dict(tokenizer(first, None if None in second else second, **options))
+    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+
+
+class TextCollator:
+    """Rows of `encoded_texts` as one batch; of an encoder-decoder its target as inputs of the decoder."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module):
+        self.tokenizer, self.model = tokenizer, model
+        if tokenizer.pad_token is None:  # masked out, whatever it is
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        if not _translates(self.model):
+            return batch
+        target = self.tokenizer.pad([{"input_ids": row["labels"]} for row in rows], return_tensors="pt")
+        ids, mask = target["input_ids"], target["attention_mask"]
+        if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
+            batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=ids)
+            batch["decoder_attention_mask"] = mask
+        else:
+            batch["labels"] = ids.masked_fill(mask.eq(0), -100)
+        return batch
+
+
+def _translates(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _rows(path: Path, fields: Sequence[str]) -> Iterator[list[str]]:
     suffixes = [suffix for suffix in path.suffixes if suffix not in OPENERS]
     kind = suffixes[-1] if suffixes else ""
     with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        if kind == ".json" and (paragraphs := _squad(file)) is not None:
+            yield from paragraphs
+            return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -62,6 +113,20 @@ def _rows(path: Path, fields: Sequence[str]) -> Iterator[list[str]]:
                 yield _of_object(line, fields, f"{path}, line {number}")
             else:
                 yield line.rstrip("\n").split("\t")[:2] if kind == ".tsv" else [line.rstrip("\n")]
+
+
+def _squad(file: TextIO) -> list[list[str]] | None:
+    """[question, paragraph] of each paragraph of a file in the layout of SQuAD; None of another one, rewound."""
+    try:
+        articles = json.load(file)["data"]
+        return [
+            [*(question["question"] for question in paragraph["qas"][:1]), paragraph["context"]]
+            for article in articles
+            for paragraph in article["paragraphs"]
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        file.seek(0)  # lines of objects
+        return None
 
 
 def _of_object(line: str, fields: Sequence[str], where: str) -> list[str]:
@@ -77,19 +142,3 @@ def _of_object(line: str, fields: Sequence[str], where: str) -> list[str]:
             f"{where}: has no text under {', '.join(names) or 'any name'}, only {', '.join(data) or 'none'}"
         )
     return texts
-
-
-def _batch(rows: list[list[str]], tokenizer, model: nn.Module, translates: bool, length: int) -> dict:
-    options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
-    first, second = [row[0] for row in rows], [row[1] if len(row) > 1 else None for row in rows]
-    if not translates:
-        return dict(tokenizer(first, None if None in second else second, **options))
-    targets = [a if b is None else b for a, b in zip(first, second, strict=True)]
-    batch = dict(tokenizer(first, **options))
-    labels = tokenizer(text_target=targets, **options)
-    batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"].eq(0), -100)
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels["input_ids"])
-        batch["decoder_attention_mask"] = labels["attention_mask"]
-        del batch["labels"]
-    return batch

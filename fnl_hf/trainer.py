@@ -2,10 +2,12 @@
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import FNLConfig
+from .distillation import Teacher
 from .divergence import check_finite
 from .factorization import factorizations
 from .layers import hidden_matrices
@@ -23,12 +25,14 @@ class FNLTrainerMixin(WarmStartMixin):
 
     Args:
         fnl_config: What ``factorize_at`` makes of the dense model; see `fnl_hf.warm_start`.
+        teacher: A model whose outputs are learned, with ``distillation_weight`` and no need of labels; see
+            `fnl_hf.distillation`. It is no part of what is trained, saved or wrapped.
     """
 
     _attached_to = None  # the optimizer that rules are attached to
     _labels: LabelCount | None = None
 
-    def __init__(self, *args, fnl_config: FNLConfig | None = None, **kwargs):
+    def __init__(self, *args, fnl_config: FNLConfig | None = None, teacher: nn.Module | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, FNLArguments):
             raise TypeError(
@@ -41,8 +45,27 @@ class FNLTrainerMixin(WarmStartMixin):
         self._weights_loss = self.compute_loss_func is None and self.args.n_gpu <= 1
         if self._weights_loss:
             self.model_accepts_loss_kwargs = False
+        self._set_up_teacher(teacher)
         self._set_up_rules()
         self._set_up_warm_start(fnl_config)
+
+    def _set_up_teacher(self, teacher: nn.Module | None) -> None:
+        """Raises a ValueError where the teacher is what is trained, or a weight is given without a teacher."""
+        self._teacher = None
+        if teacher is None:
+            if self.args.distillation_weight != 1.0:
+                raise ValueError(
+                    f"distillation_weight is {self.args.distillation_weight}, but there is no teacher: pass "
+                    "FNLTrainer(teacher=a dense model), or drop it"
+                )
+            return
+        if not set(teacher.parameters()).isdisjoint(self.model.parameters()):
+            raise ValueError(
+                "the teacher holds parameters of the model that is trained: keep a copy of the dense model, "
+                "teacher = copy.deepcopy(model), before factorizing"
+            )
+        self._teacher = Teacher(teacher, self.args.distillation_temperature, self.compute_loss_context_manager)
+        self.can_return_loss = True  # in evaluation, where there are no labels
 
     # -- rules ------------------------------------------------------------------------------------------
 
@@ -153,26 +176,52 @@ class FNLTrainerMixin(WarmStartMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in `Trainer`, with the number of labels of the whole step, over micro-batches and processes."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._teacher is not None and batches:
+            self._learned = self._over_processes(sum(self._teacher.count(batch) for batch in batches).to(device))
         if self._weights_loss and batches and all(torch.is_tensor(labels_of(batch)) for batch in batches):
             if self._labels is None:
                 self._labels = LabelCount(self.model, self._smoother_shifts(), self.compute_loss_context_manager)
             if not self._labels.knows(batches[0]):
                 self._labels.learn(self._prepare_inputs(batches[0]))
-            count = sum(self._labels.of(batch) for batch in batches).to(device)
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                count = self.accelerator.gather(count).sum()
+            count = self._over_processes(sum(self._labels.of(batch) for batch in batches).to(device))
         return batches, count
 
+    def _over_processes(self, count: torch.Tensor) -> torch.Tensor:
+        """The sum over processes of what is counted on each."""
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            return self.accelerator.gather(count).sum()
+        return count
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As in `Trainer`; in training the mean of a micro-batch enters with the share of labels that is behind it."""
+        """As in `Trainer`; in training the mean of a micro-batch enters with the share of labels that is behind it.
+
+        With a teacher ``distillation_weight`` of the loss is the distance from what that makes of the batch.
+        """
+        if self._teacher is None:
+            return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
+        weight = self.args.distillation_weight
+        if weight < 1:
+            own, outputs = self._own_loss(model, dict(inputs), True, num_items_in_batch)
+        else:
+            own, outputs = 0.0, model(**inputs)
+        loss = self._teacher.loss(outputs, inputs)
+        if model.training and self._weights_loss:
+            loss = loss * self._teacher.count(inputs) * self._parts() / self._learned
+        loss = weight * loss + (1 - weight) * own
+        return (loss, outputs) if return_outputs else loss
+
+    def _parts(self) -> int:
+        """How many losses are averaged in a step: DDP averages over processes and the Trainer over micro-batches."""
+        parts = self.current_gradient_accumulation_steps
+        return parts * self.accelerator.num_processes if self.args.average_tokens_across_devices else parts
+
+    def _own_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """The loss of the model or of the Trainer, from labels."""
         if not self._weights_loss or num_items_in_batch is None or self._labels is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         labels = self._labels.of(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        # DDP averages over processes and the Trainer over micro-batches what should be summed.
-        parts = self.current_gradient_accumulation_steps
-        if self.args.average_tokens_across_devices:
-            parts = parts * self.accelerator.num_processes
+        parts = self._parts()  # averaged, where they should be summed
         loss = torch.where(labels == 0, torch.nan_to_num(loss, nan=0.0), loss)  # the mean over no labels is 0/0
         loss = loss * parts if self._labels.sums else loss * labels * parts / num_items_in_batch
         return (loss, outputs) if return_outputs else loss

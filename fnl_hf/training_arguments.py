@@ -1,5 +1,6 @@
 """`FNLTrainingArguments`: those of transformers, and those of decay, the two optimizers and the warm start."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -42,6 +43,11 @@ class FNLArguments:
             Train the dense model first and factorize it after this step (`"300"`), this share of the run (`"0.25"`),
             or when the stable ranks have settled (`"stable"`; by half the run at the latest). The config goes to
             `FNLTrainer(fnl_config=...)`.
+        distillation_weight (`float`, defaults to 1):
+            With `FNLTrainer(teacher=...)`: the share of the loss that comes from the teacher's outputs; the rest is the
+            model's own, from labels. At 1 no labels are needed.
+        distillation_temperature (`float`, defaults to 1):
+            Of the teacher's and the student's logits, before they become probabilities.
         log_factorizations (`bool`, defaults to `True`):
             Log norms, effective rank and balance of the factorizations beside the loss.
 
@@ -108,6 +114,19 @@ class FNLArguments:
         },
     )
 
+    # Distillation
+    distillation_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "With a teacher: the share of the loss that comes from its outputs; the rest is the model's own, "
+            "from labels. At 1 no labels are needed."
+        },
+    )
+    distillation_temperature: float = field(
+        default=1.0,
+        metadata={"help": "Of the teacher's and the student's logits, before they become probabilities."},
+    )
+
     # Logging
     log_factorizations: bool = field(
         default=True,
@@ -118,6 +137,10 @@ class FNLArguments:
         super().__post_init__()
         if self.fnl_optim == "none":
             self.fnl_optim = None
+        if not 0 < self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight is {self.distillation_weight}, expected a share in (0, 1]")
+        if not (math.isfinite(self.distillation_temperature) and self.distillation_temperature > 0):
+            raise ValueError(f"distillation_temperature is {self.distillation_temperature}, expected a number above 0")
         if self.factorize_at is not None:
             step, _ = parse_switch(self.factorize_at)
             if step is not None and 0 < self.max_steps <= step:  # steps counted from epochs: when training begins

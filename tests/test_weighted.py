@@ -116,13 +116,85 @@ def test_a_product_of_the_same_rank_is_the_product():
 
 def test_shrinkage_is_that_of_the_paper_and_vanishes():
     full, few = moment(6), moment(6, rank=2)
-    assert_close(shrunk(full, 10**9), full, rtol=1e-6, atol=1e-6)
+    assert_close(shrunk(full, 10**9)[0], full, rtol=1e-6, atol=1e-6)
     for count in (2, 50):
         p, trace, squares = 6, few.trace(), (few @ few).trace()
         rho = ((1 - 2 / p) * squares + trace**2) / ((count + 1 - 2 / p) * (squares - trace**2 / p))
         rho = min(1.0, float(rho))
         expected = (1 - rho) * few + rho * trace / p * torch.eye(6, dtype=torch.float64)
-        assert_close(shrunk(few[None], count)[0], expected)
+        assert_close(shrunk(few[None], count)[0][0], expected)
         assert float(torch.linalg.eigvalsh(expected)[0]) > 0
-    assert_close(shrunk(torch.eye(3, dtype=torch.float64), 5), torch.eye(3, dtype=torch.float64))
-    assert not shrunk(torch.zeros(1, 3, 3, dtype=torch.float64), 5).any()
+    assert_close(shrunk(torch.eye(3, dtype=torch.float64), 5)[0], torch.eye(3, dtype=torch.float64))
+    assert not shrunk(torch.zeros(1, 3, 3, dtype=torch.float64), 5)[0].any()
+
+
+# -- where other inputs come than those that are approximated ----------------------------------------
+
+
+def paired(*shape, seed=0, rank=None):
+    """x and x̃, (*batch, positions, width): the second a disturbed first, in a space of a rank."""
+    *batch, width = shape
+    x = drawn(*batch, 4 * width, rank or width, seed=seed) @ drawn(*batch, rank or width, width, seed=seed + 1)
+    return x, x @ (torch.eye(width, dtype=torch.float64) + 0.3 * drawn(width, width, seed=seed + 2)) + (
+        0 if rank else 0.5 * drawn(*batch, 4 * width, width, seed=seed + 3)
+    )
+
+
+def second(a, b):
+    return a.mT @ b / a.shape[-2]
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("rank_of_inputs", [None, 5])
+def test_no_weight_of_the_rank_makes_more_of_other_inputs(shape, rank_of_inputs):
+    weight, rank = drawn(*shape, seed=3), 3
+    x, given = paired(shape[1], rank=rank_of_inputs)
+
+    def error(left, right):
+        return (x @ weight.mT - given @ (left @ right).mT).square().sum(-1).mean()
+
+    left, right = of_weight(weight, rank, second(given, given), cross=second(x, given))
+    reached = float(error(left, right))
+    assert reached <= least(error, (left, right)) * (1 + 1e-7) + 1e-12
+    assert reached < 0.98 * float(error(*of_weight(weight, rank, second(given, given))))  # the control
+    assert reached < 0.98 * float(error(*of_weight(weight, rank, second(x, x))))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_no_queries_and_keys_of_the_rank_score_better_from_others(heads):
+    left, right = drawn(heads, 7, 5, seed=1), drawn(1, 5, 8, seed=2)
+    (q, q_given), (k, k_given) = paired(heads, 5, seed=3), paired(1, 5, seed=7)
+    scores = q @ k.mT  # all pairs of a query and a key
+
+    def error(a, b):
+        return (scores - (q_given @ a) @ (k_given @ b).mT).square().mean((-2, -1)).sum()
+
+    sides = second(q_given, q_given), second(k_given, k_given)
+    new_left, new_right = of_product(left, right, 3, *sides, second(q, q_given), second(k, k_given))
+    a = torch.linalg.lstsq(left, new_left).solution
+    b = torch.linalg.lstsq(right.mT, new_right.mT).solution
+    reached = float(error(a, b))
+    assert reached <= least(error, (a, b)) * (1 + 1e-7)
+    plain = of_product(left, right, 3, *sides)
+    others = torch.linalg.lstsq(left, plain[0]).solution, torch.linalg.lstsq(right.mT, plain[1].mT).solution
+    assert reached < 0.98 * float(error(*others))
+
+
+def test_no_outputs_and_values_of_the_rank_make_more_of_others():
+    left, right = drawn(2, 7, 5, seed=1), drawn(2, 5, 8, seed=2)
+    z, given = paired(2, 5, seed=3)
+
+    def error(new_left, b):
+        return (z @ left.mT - (given @ b) @ new_left.mT).square().sum(-1).mean(-1).sum()
+
+    new_left, new_right = of_product(left, right, 3, None, second(given, given), None, second(z, given))
+    b = torch.linalg.lstsq(right.mT, new_right.mT).solution
+    assert float(error(new_left, b)) <= least(error, (new_left, b)) * (1 + 1e-7)
+
+
+def test_where_the_inputs_are_the_same_nothing_changes():
+    weight, x = drawn(6, 9, seed=3), paired(9)[0]
+    plain, same = of_weight(weight, 3, second(x, x)), of_weight(weight, 3, second(x, x), cross=second(x, x))
+    assert_close(plain[0] @ plain[1], same[0] @ same[1])
+    drawn_to = shrunk(second(x, x), 20, second(x, x))
+    assert_close(*drawn_to)

@@ -10,16 +10,27 @@ from torch import Tensor
 
 
 def of_weight(
-    matrix: Tensor, rank: int, columns: Tensor | None = None, rows: Tensor | None = None
+    matrix: Tensor,
+    rank: int,
+    columns: Tensor | None = None,
+    rows: Tensor | None = None,
+    cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """U (*batch, m, rank), Vᵀ (*batch, rank, n) that minimise ‖D^½ (W − U Vᵀ) C^½‖_F. Not balanced, float64.
+
+    With ``cross`` E‖W x − U Vᵀ x̃‖², where the layer will be given x̃ in the place of x: the best approximation of
+    W E[x x̃ᵀ] C⁻¹, with C = E[x̃ x̃ᵀ].
 
     Args:
         matrix: W, (*batch, m, n).
         columns: C, (*batch, n, n) positive semidefinite: second moments of what W multiplies. The identity if None.
         rows: the diagonal of D, (*batch, m), nonnegative: how often each row is looked up. Ones if None.
+        cross: E[x x̃ᵀ], (*batch, n, n), where C is that of x̃; takes no rows.
     """
     matrix = matrix.double()
+    if cross is not None:
+        inverse = _roots(columns)[1]
+        matrix = matrix @ cross.double() @ inverse @ inverse
     if rows is None and columns is not None and matrix.shape[-2] <= matrix.shape[-1]:
         basis = _leading(matrix @ columns @ matrix.mT, rank)  # of what comes out: needs no inverse of C
         return basis, basis.mT @ matrix
@@ -37,7 +48,13 @@ def energies_of_weight(matrix: Tensor, columns: Tensor | None = None, rows: Tens
 
 
 def of_product(
-    left: Tensor, right: Tensor, rank: int, left_metric: Tensor | None, right_metric: Tensor
+    left: Tensor,
+    right: Tensor,
+    rank: int,
+    left_metric: Tensor | None,
+    right_metric: Tensor,
+    left_cross: Tensor | None = None,
+    right_cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A' (*batch, m, rank), B' (*batch, rank, n) for the product A B of a head. Not balanced, float64.
 
@@ -47,18 +64,23 @@ def of_product(
     With P the leading eigenvectors of C_r^½ (Σ C_l) C_r^½, summed over a group that shares the right factor,
     B' = Pᵀ C_r^{-½} B, and A' is the best one for that: A C_r^½ P where the group has one C_r.
 
+    With crosses the features that are to be approximated are others, q and k, than those that the factors will be
+    given, q̃ and k̃, of which the metrics are then: A' and B' approximate A M_l M_r B, where M_l = C_l⁻¹ E[q̃ qᵀ] and
+    M_r = E[k k̃ᵀ] C_r⁻¹ make the best q and k of those.
+
     Args:
         left: A, (*batch, m, r).
         right: B, (*batch, r, n); of size 1 where a group of heads shares it.
         left_metric: (*batch of left, r, r); AᵀA if None.
         right_metric: (*batch, r, r), of either factor's batch.
+        left_cross, right_cross: E[q q̃ᵀ] and E[k k̃ᵀ], shaped as the metrics.
     """
     left, right, metric = left.double(), right.double(), right_metric.double()
-    gram, inverse = _gram_of_product(left, right, left_metric, metric)
+    gram, inverse, to_left = _gram_of_product(left, right, left_metric, metric, left_cross, right_cross)
     down = inverse @ _leading(gram, rank)  # (*batch, r, rank)
-    up = metric @ down
-    up = torch.linalg.solve(down.mT @ up, up, left=False)
-    return left @ up, down.mT @ right
+    up = (metric if right_cross is None else right_cross.double()) @ down
+    up = torch.linalg.solve(down.mT @ metric @ down, up, left=False)
+    return left @ (up if to_left is None else to_left @ up), down.mT @ right
 
 
 def energies_of_product(left: Tensor, right: Tensor, left_metric: Tensor | None, right_metric: Tensor) -> Tensor:
@@ -66,7 +88,7 @@ def energies_of_product(left: Tensor, right: Tensor, left_metric: Tensor | None,
     return _energies(_gram_of_product(left.double(), right.double(), left_metric, right_metric.double())[0])
 
 
-def shrunk(moment: Tensor, count: int) -> Tensor:
+def shrunk(moment: Tensor, count: int, cross: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """A second moment estimated from few samples, drawn to a multiple of the identity: oracle approximating shrinkage.
 
     (1 − ρ) C + ρ tr(C)/p I with ρ = ((1 − 2/p) tr C² + tr² C) / ((N + 1 − 2/p) (tr C² − tr² C / p)), at most 1 (Chen
@@ -75,6 +97,7 @@ def shrunk(moment: Tensor, count: int) -> Tensor:
     Args:
         moment: C, (*batch, p, p).
         count: N, of samples.
+        cross: E[x x̃ᵀ], (*batch, p, p), where C is that of x̃; drawn as far, to the same multiple.
     """
     size = moment.shape[-1]
     trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -82,8 +105,9 @@ def shrunk(moment: Tensor, count: int) -> Tensor:
     above = (1 - 2 / size) * squares + trace.square()
     below = (count + 1 - 2 / size) * (squares - trace.square() / size)
     share = torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), 1).clamp(max=1)
-    identity = torch.eye(size, dtype=moment.dtype, device=moment.device)
-    return torch.lerp(moment, (trace / size)[..., None, None] * identity, share[..., None, None])
+    share = share[..., None, None]
+    end = torch.eye(size, dtype=moment.dtype, device=moment.device) * (trace / size)[..., None, None]
+    return torch.lerp(moment, end, share), None if cross is None else torch.lerp(cross, end, share)
 
 
 def _gram_of_weight(matrix: Tensor, columns: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,15 +119,25 @@ def _gram_of_weight(matrix: Tensor, columns: Tensor | None, rows: Tensor | None)
 
 
 def _gram_of_product(
-    left: Tensor, right: Tensor, left_metric: Tensor | None, right_metric: Tensor
-) -> tuple[Tensor, Tensor]:
-    """C_r^½ (Σ C_l) C_r^½ of the group that shares the right factor, and its C_r^{-½}."""
+    left: Tensor,
+    right: Tensor,
+    left_metric: Tensor | None,
+    right_metric: Tensor,
+    left_cross: Tensor | None = None,
+    right_cross: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """C_r^½ (Σ C_l) C_r^½ of the group that shares the right factor, its C_r^{-½}, and M_l."""
     left_metric = left.mT @ left if left_metric is None else left_metric.double()
     shared = [i for i, (a, b) in enumerate(zip(left.shape[:-2], right.shape[:-2], strict=True)) if b == 1 < a]
     mean = right_metric.mean(shared, keepdim=True) if shared else right_metric
-    total = left_metric.sum(shared, keepdim=True) if shared else left_metric
     root, inverse = _roots(mean)
-    return root @ total @ root, inverse
+    to_left = None
+    if left_cross is not None:
+        to_left = torch.linalg.matrix_power(_roots(left_metric)[1], 2) @ left_cross.double().mT
+        left_metric = to_left.mT @ left_metric @ to_left
+    between = root if right_cross is None else right_cross.double() @ inverse
+    total = between.mT @ left_metric @ between
+    return (total.sum(shared, keepdim=True) if shared else total), inverse, to_left
 
 
 def _energies(gram: Tensor) -> Tensor:
