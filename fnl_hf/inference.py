@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .attachment import attached, note_skipped, show
+from .attachment import attached, detach, note_skipped, show
 from .checking import kept_on_error, refuse_wrapped
 from .factorization import is_factorized
 from .messages import say
@@ -57,10 +57,14 @@ def for_inference(model: nn.Module, measure: Measure = timed, **example_inputs: 
         for family in FAMILIES.values():
             if of_family := [target for target in targets if type(target) is family.target]:
                 skipped += family.target.quicken(model, of_family, trial)
-        note_skipped(model, skipped)
         save_under_any_names(model)
         save_under_own_names(model)  # if there still are factors
-        show(model) if is_factorized(model) else forget_plans(model)
+        if is_factorized(model):
+            note_skipped(model, skipped)
+            show(model)
+        else:
+            forget_plans(model)
+            detach(model)
     chosen = ", ".join(f"{count} {form}" for form, count in trial.chosen.most_common())
     say(f"fnl_hf: for inference: {chosen or 'nothing to choose'} (layers and attention modules)")
     return model
