@@ -33,7 +33,7 @@ def for_inference(model: nn.Module, measure: Measure = timed, **example_inputs: 
     so `FNLTrainer` and ``frobenius_decay_`` refuse it.
 
     Args:
-        measure: {form: what runs it} -> {form: seconds}; medians of interleaved runs if not given.
+        measure: {form: what runs it} -> {form: seconds}; the best of interleaved runs if not given.
         example_inputs: what the model's forward takes, by keyword, in the sizes that matter. Made-up ones of batches 1
             and 32, of 63 tokens, if there are none. Layers that no inputs reach stay as they are.
 

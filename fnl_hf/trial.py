@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from math import prod
-from statistics import median
 from typing import Any
 
 import torch
@@ -22,16 +21,17 @@ DENSE = "dense"  # the form that no choice may be slower than
 SLOWER = 1.03  # than the dense form: times that differ by less are the same
 BATCHES = (1, 32)  # of made-up inputs
 LENGTHS = (7, 4, 1)  # times those of made-up inputs, the first that the model takes: 63 tokens, mostly
-SECONDS = 0.2  # of a measurement, all forms together; five rounds at least
+SECONDS, ROUNDS = 0.3, 7  # of a measurement, all forms together, whichever takes longer
 
 
 def timed(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of each run, in rounds of all: a drift of the machine hits all alike.
+    """Seconds of each run at its best, in rounds of all: other jobs only ever add to them.
 
-    On one thread of the CPU by the process's own clock, which leaves out what other jobs take.
+    On the CPU on one thread, by the process's own clock. Where more threads than cores are busy they wait for each
+    other, up to a hundred times as long as a small layer takes, and what is chosen would be left to chance.
     """
-    on_gpu = torch.cuda.is_initialized()
-    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    on_gpu, threads = torch.cuda.is_initialized(), torch.get_num_threads()
+    clock = time.perf_counter if on_gpu else time.process_time
 
     def seconds(run: Callable[[], object], calls: int) -> float:
         start = clock()
@@ -41,13 +41,17 @@ def timed(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
             torch.cuda.synchronize()
         return (clock() - start) / calls
 
-    shortest = min(max(seconds(run, 1) for _ in range(2)) for run in runs.values())
-    calls = max(1, round(1e-3 / max(shortest, 1e-6)))
-    times, until = {form: [] for form in runs}, time.perf_counter() + SECONDS
-    while len(times[DENSE]) < 5 or time.perf_counter() < until:
-        for form, run in runs.items():
-            times[form].append(seconds(run, calls))
-    return {form: median(values) for form, values in times.items()}
+    torch.set_num_threads(1)
+    try:
+        first = [min(seconds(run, 1) for _ in range(3)) for run in runs.values()]
+        calls = max(1, round(1e-3 / max(min(first), 1e-6)))  # of one measurement
+        times, until = {form: [] for form in runs}, time.perf_counter() + SECONDS
+        while len(times[DENSE]) < ROUNDS or time.perf_counter() < until:
+            for form, run in runs.items():
+                times[form].append(seconds(run, calls))
+    finally:
+        torch.set_num_threads(threads)
+    return {form: min(values) for form, values in times.items()}
 
 
 def decided(times: Sequence[Mapping[str, float]]) -> str:

@@ -239,5 +239,10 @@ def _is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_exported() -> bool:
+    """Whether what is computed now becomes a program for inputs of all sizes, in which none can decide."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # torch 2.6 has the second only
+
+
 def _rows(weight: Tensor) -> Tensor:
     return (weight if weight.dim() == 2 else weight[..., 0])[None]
