@@ -70,6 +70,16 @@ def faster(times: dict[str, list[float]], name: str) -> dict[str, float]:
     return {"median": median(ratios), "low": low, "high": high}
 
 
+def table(figures: list[dict]) -> list[str]:
+    """A Markdown row for each setting and batch: parameters, and how many times the dense model's sentences."""
+    lines = []
+    for row in figures:
+        share = [f"{100 * row['parameters'][name] / row['parameters']['dense']:.1f} %" for name in row["times dense"]]
+        cells = [f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in row["times dense"].values()]
+        lines.append(f"| {row['setting']} | {row['batch']} | {' / '.join(share)} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="DIR", help="a checkpoint; a BERT-mini of random weights if not given")
@@ -114,6 +124,7 @@ def main() -> None:
             found.append(
                 {"setting": name, "batch": batch, "parameters": sizes, "sentences/s": speed, "times dense": ratios}
             )
+    print("", *table(found), sep="\n")
     if options.json:
         write_json(options.json, {"setting": setting, "rounds": options.rounds, "figures": found})
 
