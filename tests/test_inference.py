@@ -100,6 +100,13 @@ def test_a_pivoted_layer_is_the_layer(leaf, rank):
     assert str(rank) in repr(pivoted)
 
 
+def test_a_pivoted_layer_that_is_tied_to_another_gives_what_that_gives():
+    one, other = (PivotedLinear.of(factorized(drawn(nn.Linear(8, 12)), 3)) for _ in range(2))
+    other.weight, x = one.weight, torch.randn(4, 8).double()  # as transformers ties
+    assert other.rest is one.rest
+    close(other(x) - other.bias, one(x) - one.bias)
+
+
 def test_the_gradient_of_its_input_is_that_of_the_layer():
     layer = factorized(drawn(nn.Linear(8, 12)), 3)
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
