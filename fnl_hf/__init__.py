@@ -5,7 +5,8 @@ from .config import FNLConfig
 from .decay import frobenius_decay_
 from .factorization import Declares, Factorization, FactorLeaf, factorizations
 from .heads import HeadProduct
-from .layers import FactorizedConv1d, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from .inference import for_inference
+from .layers import FactorizedConv1d, FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, PivotedLinear
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
 from .plan import Candidate, Plan, Skip, Target, register_family
@@ -29,6 +30,7 @@ __all__ = [
     "FactorizedLinear",
     "HeadProduct",
     "ImposeNorms",
+    "PivotedLinear",
     "Plan",
     "RecordNorms",
     "Rule",
@@ -37,6 +39,7 @@ __all__ = [
     "Target",
     "factorizations",
     "factorize",
+    "for_inference",
     "frobenius_decay_",
     "loading",
     "register_family",

@@ -1,6 +1,6 @@
 """The plan of a model as it is now: what an installed plan leaves on the model, and how it is read off again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -30,9 +30,19 @@ def attach(model: nn.Module, config: FNLConfig, plan: Plan) -> None:
         declaration.planned, declaration.settings = target, settings
         if not isinstance(declaration, FactorLeaf):  # in no mode of its own
             declaration.training = model.get_submodule(target.name.rpartition(".")[0]).training
-    for skip in plan.skipped:
+    note_skipped(model, plan.skipped)
+    show(model)
+
+
+def note_skipped(model: nn.Module, skipped: Iterable[Skip]) -> None:
+    """Leave on a model what is not factorized, and why, for the plan that is derived from it."""
+    for skip in skipped:
         module, below = _deepest(model, skip.name)
         vars(module).setdefault(_SKIPPED, []).append((below, skip.kind, skip.reason))
+
+
+def show(model: nn.Module) -> None:
+    """Show in a model's config the plan of the model as it is now."""
     for holder in _holders(model):
         if stored := attached(holder):
             holder.config.quantization_config = stored

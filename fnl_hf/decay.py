@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .factorization import Factorization, factorizations
+from .factorization import Declares, Factorization, factorizations
 
 
 def _in_full_precision(function: Callable) -> Callable:
@@ -47,8 +47,14 @@ def of_kinds(model: nn.Module, kinds: Sequence[str] | None = None) -> list[Facto
     """The factorizations of the given kinds (None: all), frozen ones too.
 
     Raises:
-        ValueError: A kind that the model does not have.
+        ValueError: A kind that the model does not have; a layer of it is in its inference form.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, Declares) and module.for_inference:
+            raise ValueError(
+                f"{name} is in the form that fnl_hf.for_inference gave it, whose product has no factors to decay: "
+                "train the model as it was before, or call fnl_hf.to_dense(model) and factorize it again"
+            )
     products = factorizations(model)
     if kinds is None:
         return products

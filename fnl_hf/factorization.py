@@ -173,8 +173,10 @@ class Declares(ABC):
     Attributes:
         planned: the target that it was installed for; None for a layer that its model class builds by itself.
         settings: the config that asked for it, without a plan.
+        for_inference: it holds the product in a form that has no factors of it, and declares a place in the plan only.
     """
 
+    for_inference = False
     planned: "Target | None" = None
     settings: "FNLConfig | None" = None
 
@@ -256,7 +258,7 @@ def factorizations(model: nn.Module) -> list[Factorization]:
 def declared(model: nn.Module) -> Iterator[Factorization]:
     """The factorization of every declaration, in module order, those that share parameters each for itself."""
     for name, module in model.named_modules():
-        if isinstance(module, Declares):
+        if isinstance(module, Declares) and not module.for_inference:
             yield module.factorization(name, model.get_submodule(name.rpartition(".")[0]))
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -26,6 +26,7 @@ from transformers.quantizers import HfQuantizer, auto, register_quantization_con
 
 from .attachment import attached
 from .config import FNLConfig
+from .factorization import FactorLeaf
 from .messages import say
 from .patching import factorize, install
 from .plan import RESTORE, Plan, Renaming, Target
@@ -107,8 +108,8 @@ class FNLQuantizer(HfQuantizer):
                     "save the factorized model, and load that with any device_map"
                 )
             return factorize(model, _unresolved(self.quantization_config))
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        missing = [name for name in self.names if _is_missing(parameters[name])]
+        tensors = dict(_tensors(model))
+        missing = [name for name in self.names if _is_missing(tensors[name])]
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {_listed(missing)}, which the plan in its config.json holds: restore the "
@@ -200,13 +201,19 @@ def _has_any(model: PreTrainedModel, names: Iterable[str | None]) -> bool:
 
 
 def _parameter_names(model: nn.Module, plan: Plan) -> list[str]:
-    """Every parameter of the layers that hold a product, each once."""
+    """All that is stored of the layers that hold a product, each once."""
     layers = dict.fromkeys(path.rpartition(".")[0] for target in plan.targets for path in target.parameters())
-    return [
-        f"{layer}.{name}".removeprefix(".")
-        for layer in layers
-        for name, _ in model.get_submodule(layer).named_parameters()
-    ]
+    return [f"{layer}.{name}".removeprefix(".") for layer in layers for name, _ in _tensors(model.get_submodule(layer))]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter, under each of its names, and what layers of factors keep in buffers."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FactorLeaf):
+            for key, buffer in module._buffers.items():
+                if key not in module._non_persistent_buffers_set:
+                    yield f"{name}.{key}".removeprefix("."), buffer
 
 
 # -- the weights -------------------------------------------------------------------------------------
@@ -264,12 +271,12 @@ def _check_shapes(
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple]:
-    """name -> shape of every parameter, under each of its names: loading may tie and untie."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    """name -> shape of all that is stored, under each of its names: loading may tie and untie."""
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
 
 
-def _is_missing(parameter: nn.Parameter) -> bool:
-    """Whether loading left a parameter alone: transformers marks what it sets, tied weights included."""
+def _is_missing(parameter: Tensor) -> bool:
+    """Whether loading left a parameter or buffer alone: transformers marks what it sets, tied weights included."""
     return not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False)  # meta: offloaded
 
 

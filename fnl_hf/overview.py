@@ -43,7 +43,9 @@ class Summary:
         ]  # fmt: skip
         lines = [aligned([head, *table]), *self.notes]
         lines += [f"skipped {s['name']} {s['kind']}: {s['reason']}" for s in self.skipped]
-        return "\n".join([*lines, self.headline() if self.rows else "not factorized"])
+        if self.rows or not self.notes:  # notes alone: all that is left is in its inference form
+            lines.append(self.headline() if self.rows else "not factorized")
+        return "\n".join(lines)
 
     __repr__ = __str__
 

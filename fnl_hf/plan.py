@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import FNLConfig
 from .factorization import Factorization
 from .proof import Evidence
+from .trial import Trial
 
 RESTORE = "restore the config.json that was saved with these weights"
 
@@ -82,6 +83,18 @@ class Target(ABC):
             ValueError: The config's ranks do not fit them.
         """
         return targets
+
+    @classmethod
+    def quicken(cls, model: nn.Module, targets: Sequence[Self], trial: Trial) -> list["Skip"]:
+        """Give the layers of targets, in place in a factorized model, the equal form in which they are fastest.
+
+        Declarations that stay are told of it (``planned``); a layer that becomes an ordinary one is left out of the
+        plan from then on.
+
+        Returns:
+            What became ordinary, and why.
+        """
+        return []
 
     @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:

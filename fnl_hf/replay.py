@@ -106,12 +106,7 @@ class Stage:
 
     def root(self, module: nn.Module | None = None) -> nn.Module:
         """A model that holds nothing but the copy (or ``module``), under the name that it has in the whole one."""
-        module = self.module if module is None else module
-        for step in reversed(self.name.split(".") if self.name else []):
-            parent = nn.Module()
-            parent.add_module(step, module)
-            module = parent
-        return module
+        return under_its_name(self.name, self.module if module is None else module)
 
     def verdict(self, name: str, kind: str, found: Found) -> Verdict:
         """Probe one product, which lies in this module.
@@ -141,6 +136,15 @@ class Stage:
         finally:
             product.write(old)
         return Verdict(name, kind, change, control, None if control > MOVED else UNREACHED)
+
+
+def under_its_name(name: str, module: nn.Module) -> nn.Module:
+    """A model that holds nothing but a module, under the name that it has in the whole one."""
+    for step in reversed(name.split(".") if name else []):
+        parent = nn.Module()
+        parent.add_module(step, module)
+        module = parent
+    return module
 
 
 def _alternating(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:

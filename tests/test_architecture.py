@@ -14,6 +14,7 @@ FLOORS = [
     {"factorization", "outputs", "calls", "leaves"},
     {"replay", "examples", "sharding"},
     {"proof"},
+    {"trial"},
     {"plan"},
     {
         "initialization",
@@ -32,6 +33,7 @@ FLOORS = [
         "planning",
         "patching",
         "successive",
+        "inference",
         "checking",
         "optimizer_state",
         "optim",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import benchmark_inference
 from scripts.benchmark_layers import bounds, numbers, table
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ KEYS = ("products", "by default")  # of a row of the survey: proven, and of thes
 
 def test_the_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -125,6 +126,15 @@ def test_the_figures_of_layers_are_those_of_the_results():
     assert max(shares) <= 1 and shown in text
     for row in linear:  # the middle, and nothing else
         assert row["memory"]["ours"]["saved"] == row["rank"] * row["input"] // row["matrix"][1]
+
+
+def test_the_figures_of_inference_are_those_of_the_results():
+    figures = json.loads((RESULTS / "benchmark_inference_cpu.json").read_text())["figures"]
+    text = (RESULTS / "README.md").read_text()
+    assert all(row in text for row in benchmark_inference.table(figures))
+    (half,) = (row for row in figures if "0.766" in row["setting"] and row["batch"] == 32)
+    speed = half["times dense"]["for inference"]["median"]
+    assert speed > 1.3 and f"comes {speed:.2f} times the dense" in " ".join(README.read_text().split())
 
 
 def rows_of_translation(name):

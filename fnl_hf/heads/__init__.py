@@ -2,7 +2,8 @@
 
 In the order in which a product goes through them: `find` sees attention by structure, `target` is the product in a
 plan, `slices` how its heads lie in the weights, `compact` whether they may be really narrower, `leaf` the layer that
-stores narrow heads, `product` the declaration that training finds.
+stores narrow heads, `inference` which attention gets another form for inference, `product` the declaration that
+training finds.
 """
 
 from .find import find_attention, find_heads

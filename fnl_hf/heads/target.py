@@ -12,9 +12,10 @@ from torch import nn
 from ..config import FNLConfig
 from ..factorization import Factorization, swap
 from ..leaves import is_plain_linear
-from ..plan import Activation, Renaming, Target
+from ..plan import Activation, Renaming, Skip, Target
 from ..proof import Evidence
 from ..replay import Stage
+from ..trial import Trial
 from .compact import compact_attributes, narrows_as_expected
 from .leaf import HeadLinear, HeadPadding
 from .product import HeadProduct
@@ -170,6 +171,12 @@ class HeadTarget(Target):
         question = ("narrow", self.slot, self.kind, self.rank)
         answers = evidence.tried(self.owner, self.found(model), question, answer)
         return next((narrows for narrows, _ in answers if narrows is not None), False)
+
+    @classmethod
+    def quicken(cls, model: nn.Module, targets: Sequence["HeadTarget"], trial: Trial) -> list[Skip]:
+        from .inference import quickened  # which knows this class
+
+        return quickened(model, targets, trial)
 
     @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:

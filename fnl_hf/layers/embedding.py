@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import FactorizedLayer
+from .layer import FactorizedLayer, is_exported
 
 
 class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
@@ -54,7 +54,7 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
         (rows, rank), columns = left.shape, right.shape[0]
         tokens, square = input.numel(), 0 if middle is None else rank * rank
         weight = None
-        if tokens > rows:  # as many products as composing all rows takes
+        if not is_exported() and tokens > rows:  # as many products as composing all rows takes
             weight = self._dense_weight(tokens * (rank * columns + square), 0, rows * (rank * columns + square))
         if weight is not None:
             output = F.embedding(input, weight, padding)

@@ -18,7 +18,6 @@ from ..factorization import Declares, Factorization, FactorLeaf, View
 from ..leaves import shell
 from .composed import ComposedWeight
 
-FACTORS = ("weight", "middle", "right")
 # Of a dense product's cost: factor by factor must save this much before evaluation prefers it to the composed weight,
 # since two thin products run at a lower rate than one.
 WORTH_TWO_CALLS = 0.9
@@ -37,6 +36,7 @@ class FactorizedLayer(Declares, FactorLeaf):
     """
 
     kind: ClassVar[str]
+    factors: ClassVar[tuple[str, ...]] = ("weight", "middle", "right")  # names of the parameters, the weight first
 
     @classmethod
     def replacing(cls, leaf: nn.Module, rank: int, deep: bool = False) -> Self:
@@ -48,12 +48,7 @@ class FactorizedLayer(Declares, FactorLeaf):
         vars(layer)["_buffers"] = dict(leaf._buffers)
         layer._ordinary = (shell(leaf),)  # in a tuple: it is no part of the model
         layer._dimensions(leaf)
-        rows, columns = layer.matrix_shape
-        like = {"dtype": leaf.weight.dtype, "device": leaf.weight.device}
-        left = (rows, rank, 1) if (rows, rank) == tuple(leaf.weight.shape) else (rows, rank)
-        layer._parameters["weight"] = nn.Parameter(torch.empty(left, **like))
-        layer.middle = nn.Parameter(torch.empty(rank, rank, **like)) if deep else None
-        layer.right = nn.Parameter(torch.empty(columns, rank, **like))
+        layer._make_factors(leaf.weight, rank, deep)
         trains = leaf.weight.requires_grad
         for parameter in layer.factor_parameters():
             parameter.requires_grad_(trains)
@@ -61,6 +56,14 @@ class FactorizedLayer(Declares, FactorLeaf):
             layer._parameters["bias"] = leaf.bias
         layer._is_hf_initialized = True
         return layer
+
+    def _make_factors(self, like: Tensor, rank: int, deep: bool) -> None:
+        """Uninitialised parameters of the rank, of the type and on the device of the dense weight ``like``."""
+        (rows, columns), options = self.matrix_shape, {"dtype": like.dtype, "device": like.device}
+        left = (rows, rank, 1) if (rows, rank) == tuple(like.shape) else (rows, rank)
+        self._parameters["weight"] = nn.Parameter(torch.empty(left, **options))
+        self.middle = nn.Parameter(torch.empty(rank, rank, **options)) if deep else None
+        self.right = nn.Parameter(torch.empty(columns, rank, **options))
 
     # -- what the kinds say ---------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     def factor_parameters(self) -> Iterator[nn.Parameter]:
         """Those of the product."""
-        return (p for name in FACTORS if (p := self._parameters.get(name)) is not None)
+        return (p for name in self.factors if (p := self._parameters.get(name)) is not None)
 
     @property
     def left(self) -> Tensor:
@@ -145,7 +148,7 @@ class FactorizedLayer(Declares, FactorLeaf):
         """
         if other.matrix_shape[1] != self.matrix_shape[1]:
             raise ValueError(f"a {self.matrix_shape} matrix cannot be tied to one of {other.matrix_shape}")
-        for name in FACTORS:
+        for name in self.factors:
             self._parameters[name] = other._parameters.get(name)
         for name in ("num_embeddings", "out_features"):
             if name in vars(self):
@@ -234,6 +237,11 @@ class FactorizedLayer(Declares, FactorLeaf):
 def _is_recorded() -> bool:
     """Whether what is computed now becomes a graph."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exported() -> bool:
+    """Whether what is computed now becomes a program for inputs of all sizes, in which none can decide."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # torch 2.6 has the second only
 
 
 def _rows(weight: Tensor) -> Tensor:

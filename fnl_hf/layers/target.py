@@ -13,11 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from ..algebra import chain
 from ..config import FNLConfig
 from ..factorization import Factorization, View, swap
-from ..plan import Activation, Target
+from ..plan import Activation, Skip, Target
+from ..trial import Trial
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .embedding import FactorizedEmbedding
-from .layer import FACTORS, FactorizedLayer
+from .inference import quickened
+from .layer import FactorizedLayer
 from .linear import FactorizedLinear
+from .pivoted import PivotedLinear
 
 # The ordinary class -> the one that takes its place
 LAYERS: dict[type[nn.Module], type[FactorizedLayer]] = {
@@ -42,6 +45,7 @@ class LayerTarget(Target):
         deep: U M Vᵀ in place of U Vᵀ.
         scale: what an embedding multiplies its rows by, where it keeps that in a buffer, which no checkpoint holds.
         tied: other layers of the model have the same weight, so a checkpoint may hold it under their names only.
+        pivoted: a linear layer in the form of its own columns, for inference.
     """
 
     family: ClassVar[str] = "layers"
@@ -49,6 +53,7 @@ class LayerTarget(Target):
     deep: bool = False
     tied: bool = False
     scale: float | None = None
+    pivoted: bool = False
 
     def found(self, model: nn.Module) -> Factorization:
         """The weight as it lies in the dense layer."""
@@ -83,6 +88,10 @@ class LayerTarget(Target):
                 )
         return [*targets, *more]
 
+    def layer(self, leaf: nn.Module) -> type[FactorizedLayer]:
+        """The class that takes the place of a leaf."""
+        return PivotedLinear if self.pivoted else layer_class(leaf)
+
     def is_tied(self) -> bool:
         return self.tied
 
@@ -95,8 +104,11 @@ class LayerTarget(Target):
 
     def flaw(self, model: nn.Module | None = None) -> str | None:
         if (flaw := super().flaw(model)) or model is None:
-            if flaw is None and not (type(self.deep) is type(self.tied) is bool):
-                return f"deep is {self.deep!r} and tied {self.tied!r}, expected true or false"
+            flags = {"deep": self.deep, "pivoted": self.pivoted, "tied": self.tied}
+            if flaw is None and (wrong := next((key for key in flags if type(flags[key]) is not bool), None)):
+                return f"{wrong} is {flags[wrong]!r}, expected true or false"
+            if flaw is None and self.pivoted and (self.deep or self.kind != "linear"):
+                return f"pivoted is true, expected only of a linear layer that is not deep, not of kind {self.kind!r}"
             is_scale = self.kind == "embedding" and type(self.scale) is float and math.isfinite(self.scale)
             if flaw is None and not (self.scale is None or is_scale):
                 return f"scale is {self.scale!r}, expected a number, of an embedding, or null"
@@ -119,7 +131,7 @@ class LayerTarget(Target):
             leaf = model.get_submodule(target.name)
             if leaf in layers:  # one layer in two places
                 continue
-            layer = layers[leaf] = layer_class(leaf).replacing(leaf, target.rank, target.deep)
+            layer = layers[leaf] = target.layer(leaf).replacing(leaf, target.rank, target.deep)
             if target.scale is not None:
                 layer.scale = target.scale
             one = first.setdefault(id(leaf.weight), layer)
@@ -131,13 +143,19 @@ class LayerTarget(Target):
                 _tie_all_factors(part)
 
     @classmethod
+    def quicken(cls, model: nn.Module, targets: Sequence["LayerTarget"], trial: Trial) -> list[Skip]:
+        return quickened(model, targets, trial)
+
+    @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
         """Which layers save neither parameters nor multiplications at their rank."""
-        larger = [product.name for product in products if _is_larger(product)]
-        if not larger:
-            return []
-        some = ", ".join(larger[:3]) + (f" and {len(larger) - 3} more" if len(larger) > 3 else "")
-        return [f"{len(larger)} layers save neither parameters nor FLOPs at their rank: {some}"]
+        notes, larger = [], [product.name for product in products if _is_larger(product)]
+        if larger:
+            some = ", ".join(larger[:3]) + (f" and {len(larger) - 3} more" if len(larger) > 3 else "")
+            notes.append(f"{len(larger)} layers save neither parameters nor FLOPs at their rank: {some}")
+        if pivoted := sum(bool(entry.get("pivoted")) for entry in (config.plan or {}).get("targets", ())):
+            notes.append(f"{pivoted} linear layers are pivoted for inference: C (x1 + Dᵀ x2), with no factors to decay")
+        return notes
 
 
 def _is_larger(product: Factorization) -> bool:
@@ -156,7 +174,7 @@ def _tie_all_factors(model: PreTrainedModel) -> None:
     for target, source in list((keys or {}).items()):
         layers = [_layer_at(model, name) for name in (target, source)]
         if all(isinstance(layer, FactorizedLayer) for layer in layers):
-            for factor in FACTORS[1:]:
+            for factor in layers[1].factors[1:]:
                 if layers[1].stored(factor) is not None:
                     keys[f"{target.removesuffix('weight')}{factor}"] = f"{source.removesuffix('weight')}{factor}"
 
