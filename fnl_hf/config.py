@@ -12,9 +12,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
 # See `initialization`
-INITIALIZATIONS = ("spectral", "activation", "default", "spectral-ones", "orthogonal", "xavier", "kaiming")
-NOT_BUILT_INITIALIZATIONS = ("functional",)
+INITIALIZATIONS = (
+    "spectral",
+    "activation",
+    "functional",
+    "default",
+    "spectral-ones",
+    "orthogonal",
+    "xavier",
+    "kaiming",
+)
 CALIBRATED = frozenset({"activation"})  # those that look at data
+CALIBRATABLE = frozenset({"functional"})  # those that may
+LOOK_AHEAD = frozenset({"functional"})  # those that look at the activation that follows a layer
 FORMS = ("matrix", "deep")
 NOT_BUILT_FORMS = ("tucker", "tucker2", "tensor-train")
 ALLOCATIONS = ("uniform", "error")
@@ -59,10 +69,13 @@ class FNLConfig(QuantizationConfigMixin):
             singular values of the weights, each relative to the energy of its layer, per parameter that they cost.
         form: Of layers: "matrix", U V^T, or "deep", U M V^T with a square M that starts as the identity.
         init: "spectral": balanced factors of each product (the best ones of lower rank). "activation": the best ones
-            on the data of `factorize(..., calibration=...)`, for trained models. "default": of heads the
-            factors that the model has, at lower rank the leading rows of each head; of layers factors drawn anew, with
-            the variance of the weights for their product. For comparison, of layers only: "spectral-ones" (spectral,
-            with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in "default".
+            on the data of `factorize(..., calibration=...)`, for trained models. "functional", for new models: of
+            linear layers that ReLU, GELU or SiLU follows those that best approximate this function of their output,
+            for standard normal inputs or with the moments of `calibration`; spectral ones of all else. "default": of
+            heads the factors that the model has, at lower rank the leading rows of each head; of layers factors drawn
+            anew, with the variance of the weights for their product. For comparison, of layers only: "spectral-ones"
+            (spectral, with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in
+            "default".
         plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
             checkpoint is loaded. Not for users.
         format_version: Of the plan.
@@ -91,7 +104,7 @@ class FNLConfig(QuantizationConfigMixin):
         if self.quant_method != "fnl":
             raise ValueError(f"quant_method is {self.quant_method!r}, expected 'fnl'")
         self.attention = _attention(self.attention)
-        _check_choice("init", self.init, INITIALIZATIONS, NOT_BUILT_INITIALIZATIONS)
+        _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("form", self.form, FORMS, NOT_BUILT_FORMS)
         _check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS, ("loss",))
         _check_choice("head_layout", self.head_layout, ("padded", "compact"))

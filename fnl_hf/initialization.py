@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .algebra import Form
+from .algebra import functional as of_functions
 from .algebra.weighted import energies_of_product, energies_of_weight, of_product, of_weight
 
 Sides = Sequence[Tensor | None] | None
-Initialization = Callable[[Form, Sequence[Tensor], int, Sides], Sequence[Tensor]]
+Initialization = Callable[..., Sequence[Tensor]]  # of a form, factors, a rank and sides; ``functional`` takes more
 
 
 def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
@@ -39,6 +40,21 @@ def activation(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = 
         pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides))
     else:
         pair = of_product(*factors, rank, *_metrics(sides))
+    return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
+
+
+def functional(
+    form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None, followed_by: str | None = None
+) -> Sequence[Tensor]:
+    """Balanced factors with the least E‖σ(Wx) − σ(U Vᵀ x)‖² for a layer that the activation σ follows.
+
+    For x of the second moment that ``sides`` hold, or standard normal ones; the bias is left out
+    (``algebra.functional``; Vodrahalli et al., 2022). Spectral of all else, and at full rank, where nothing is lost.
+    """
+    if followed_by is None or len(factors) > 1 or rank >= form.size(factors)[1]:
+        return spectral(form, factors, rank)
+    columns = _columns_and_rows(factors[0], sides)[0] if looks_at(form, factors, sides) else None
+    pair = of_functions.approximation(factors[0], rank, followed_by, columns)
     return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
 
 
@@ -128,6 +144,7 @@ def _empty(matrix: Tensor, rank: int) -> list[Tensor]:
 INITIALIZATIONS: dict[str, Initialization] = {
     "spectral": spectral,
     "activation": activation,
+    "functional": functional,
     "default": default,
     "spectral-ones": spectral_ones,
     "orthogonal": _drawn(torch.nn.init.orthogonal_, "Orthogonal"),
@@ -138,12 +155,22 @@ INITIALIZATIONS: dict[str, Initialization] = {
 
 def keeps_the_product(init: str, lone: bool) -> bool:
     """Whether an initialisation leaves a product as it is at full rank; ``lone``: of a weight by itself."""
-    return init in ("spectral", "activation") or not lone
+    return init in ("spectral", "activation", "functional") or not lone
 
 
 @torch.no_grad()
 def initial_factors(
-    form: Form, factors: Sequence[Tensor], rank: int, init: str, sides: Sides = None
+    form: Form,
+    factors: Sequence[Tensor],
+    rank: int,
+    init: str,
+    sides: Sides = None,
+    followed_by: str | None = None,
 ) -> Sequence[Tensor]:
-    """New factors in the place of ``Factorization.augmented`` ones, by a named initialisation."""
-    return INITIALIZATIONS[init](form, factors, rank, sides)
+    """New factors in the place of ``Factorization.augmented`` ones, by a named initialisation.
+
+    Args:
+        followed_by: the activation behind a layer, for an initialisation of ``config.LOOK_AHEAD``.
+    """
+    ahead = {} if followed_by is None else {"followed_by": followed_by}
+    return INITIALIZATIONS[init](form, factors, rank, sides, **ahead)

@@ -1,6 +1,6 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from .attachment import attach, detach
 from .calibration import Calibration
 from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
-from .config import CALIBRATED, FNLConfig
+from .config import CALIBRATABLE, CALIBRATED, FNLConfig
 from .factorization import (
     Declares,
     Factorization,
@@ -22,7 +22,7 @@ from .factorization import (
 )
 from .initialization import Sides, initial_factors, keeps_the_product, looks_at
 from .messages import say
-from .plan import Plan, headline
+from .plan import Plan, Target, headline
 from .planning import nothing_found, plan_with_evidence
 from .proof import Evidence, Verification, declared_at, holders, prove
 from .replay import distance, new_basis
@@ -49,8 +49,8 @@ def factorize(
         verify: Example inputs, as the model's forward takes them by keyword. Every product is proven on a replay of its
             attention module: on the call that it receives from these inputs; without them from made-up ones, or on what
             its signature asks for. What fails is skipped.
-        calibration: Batches, each a dict of the forward's inputs, for an ``init`` that looks at data; padding
-            (``attention_mask``) is left out.
+        calibration: Batches, each a dict of the forward's inputs, for an ``init`` that looks at data ("functional" may
+            do without); padding (``attention_mask``) is left out.
         check: Where all products keep their full rank, run the model once more on the inputs that it was recorded with:
             it must give what it gave before.
 
@@ -67,12 +67,12 @@ def factorize(
         raise TypeError(f"factorize got a {type(model).__name__} as model, expected a torch.nn.Module")
     if verify is not None and not isinstance(verify, Mapping):
         raise TypeError(f"verify is a {type(verify).__name__}, expected a dict of inputs by the names of forward")
-    if (calibration is not None) != (config.init in CALIBRATED):
+    if calibration is None and config.init in CALIBRATED:
         raise ValueError(
             f"init={config.init!r} looks at data: pass factorize(..., calibration=batches of model inputs)"
-            if calibration is None
-            else f"init={config.init!r} does not look at data: drop calibration"
         )
+    if calibration is not None and config.init not in CALIBRATED | CALIBRATABLE:
+        raise ValueError(f"init={config.init!r} does not look at data: drop calibration")
     refuse_wrapped(model)
     _refuse_factorized(model)
     # The check at the end is a change of basis of the whole model too: one in planning is only to say what fails it.
@@ -86,6 +86,8 @@ def factorize(
     products = factorizations(model)
     sizes = [(product.kind, *product.size()) for product in products]
     say(headline(sizes, *parameter_counts(model, products), len(planned.skipped)))
+    for line in planned.told(config):
+        say(f"fnl_hf: {line}")
     return model
 
 
@@ -181,9 +183,11 @@ def _factorized(
     )
     if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
         return _factorized(model, config, verify, calibration, check, whole=True)
-    sides = {} if data is None else data.of(planned.targets)
+    sides = {}
     if data is not None:
-        _tell_of_blind(planned, found, sides)
+        looking = [target for target in planned.targets if config.init in CALIBRATED or target.followed_by]
+        sides = data.of(looking)
+        _tell_of_blind(looking, found, sides, "spectral" if config.init in CALIBRATED else "standard normal inputs")
     factors, unmoved, of_weights = {}, set(), {}
     for target in planned.targets:
         product = found[target.name]
@@ -195,7 +199,8 @@ def _factorized(
                 )
         weights = target.rank, *product.weights
         if weights not in of_weights:  # tied layers have one product
-            new = initial_factors(product.form, original, target.rank, config.init, sides.get(product.weights))
+            of_data, ahead = sides.get(product.weights), target.followed_by
+            new = initial_factors(product.form, original, target.rank, config.init, of_data, ahead)
             of_weights[weights] = target.shaped(new)
         new = factors[target.name] = of_weights[weights]
         if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
@@ -222,18 +227,20 @@ def _factorized(
     return planned
 
 
-def _tell_of_blind(planned: Plan, found: Mapping[str, Factorization], sides: Mapping[tuple, Sides]) -> None:
-    """Say which products lose rank without data on what they lose."""
+def _tell_of_blind(
+    targets: Sequence[Target], found: Mapping[str, Factorization], sides: Mapping[tuple, Sides], instead: str
+) -> None:
+    """Say which products lose rank without data on what they lose, and what stands in for it."""
     blind = [
         target.name
-        for target in planned.targets
+        for target in targets
         for product in [found[target.name]]
         if target.rank < product.full_rank and not product.kind.startswith("rotary")
         if not looks_at(product.form, product.augmented(), sides.get(product.weights))
     ]
     if blind:
         some = ", ".join(blind[:3]) + (f" and {len(blind) - 3} more" if len(blind) > 3 else "")
-        say(f"fnl_hf: calibration does not reach {some}: spectral there")
+        say(f"fnl_hf: calibration does not reach {some}: {instead} there")
 
 
 def _shape_only(parameter: torch.Tensor) -> torch.Tensor:

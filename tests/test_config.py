@@ -166,7 +166,6 @@ def test_what_a_pattern_matches(pattern, names):
         ({"target_ratio": 0.5, "head_rank": 0.5}, ValueError, "are both given"),
         ({"rank_allocation": "error"}, ValueError, "shares a target_ratio"),
         ({"rank_allocation": "loss", "target_ratio": 0.5}, NotImplementedError, "rank_allocation"),
-        ({"init": "functional"}, NotImplementedError, "init='functional' is not built yet"),
         ({"form": "tucker"}, NotImplementedError, "form='tucker' is not built yet"),
         ({"format_version": 0}, ValueError, "format_version 0"),
         ({"format_version": "2"}, ValueError, "format_version '2'"),

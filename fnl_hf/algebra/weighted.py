@@ -88,7 +88,7 @@ def shrunk(moment: Tensor, count: int) -> Tensor:
 
 def _gram_of_weight(matrix: Tensor, columns: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """C^½ WᵀD W C^½, C^½ and C^{-½}; the last two None without C."""
-    root, inverse = (None, None) if columns is None else _roots(columns)
+    root, inverse = (None, None) if columns is None else roots(columns)
     scaled = matrix if rows is None else matrix * rows.double().sqrt()[..., None]
     scaled = scaled if root is None else scaled @ root
     return scaled.mT @ scaled, root, inverse
@@ -102,7 +102,7 @@ def _gram_of_product(
     shared = [i for i, (a, b) in enumerate(zip(left.shape[:-2], right.shape[:-2], strict=True)) if b == 1 < a]
     mean = right_metric.mean(shared, keepdim=True) if shared else right_metric
     total = left_metric.sum(shared, keepdim=True) if shared else left_metric
-    root, inverse = _roots(mean)
+    root, inverse = roots(mean)
     return root @ total @ root, inverse
 
 
@@ -115,7 +115,7 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
 
 
-def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """C^½ and C^{-½}, the second on the space where C has more than rounding: zero outside it."""
     values, vectors = torch.linalg.eigh(metric.double())
     floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
