@@ -105,7 +105,7 @@ def kind_of(function: Any) -> str:
 
     It is called on a tensor of its own, and may be any module.
     """
-    grid = torch.linspace(-5, 5, 201, dtype=torch.float64)
+    grid = torch.linspace(-8, 8, 321, dtype=torch.float64)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             values = function(grid.clone())
