@@ -211,6 +211,8 @@ def test_rows_of_zeros_batches_and_half_precision(dtype):
     left, right = approximation(weight, 2, "relu")
     assert left.shape == (2, 8, 2) and right.shape == (2, 2, 6) and left.dtype == torch.float64
     assert left[0, 3].eq(0).all() and left.isfinite().all() and right.isfinite().all()
+    same = approximation(weight.float(), 2, "relu")
+    assert_close(left @ right, same[0] @ same[1])  # the row space is none of half precision
     each = [float(risk(one, *approximation(one, 2, "relu"), "relu")) for one in weight]
     assert float(risk(weight, left, right, "relu")) == pytest.approx(sum(each), rel=1e-3)
 
@@ -475,6 +477,16 @@ def inputs_of(model, batches, name):
             model(**batch)
     handle.remove()
     return torch.cat([x.flatten(0, -2) for x in seen])
+
+
+def test_a_dense_checkpoint_is_factorized_while_loading(tmp_path):
+    model = MODELS["llama"][0]()
+    model.save_pretrained(tmp_path)
+    loaded = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config())
+    fnl_hf.factorize(model, config())
+    assert followed(loaded) == followed(model) and len(followed(model)) == 2
+    for one, other in zip(fnl_hf.factorizations(loaded), fnl_hf.factorizations(model), strict=True):
+        assert_close(one.matrix(), other.matrix())
 
 
 def test_heads_alone_stay_spectral_and_it_says_so(capsys):

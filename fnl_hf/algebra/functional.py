@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import spectral
 from .gaussian import ACTIVATIONS, Activation, Terms, activation_named, correlation
+from .tensors import accumulating
 from .weighted import roots
 
 STEPS = 20  # of L-BFGS
@@ -48,6 +49,7 @@ def approximation(
             f"rank is {rank}, expected 1..{min(matrix.shape[-2:]) - 1}, below that of the {tuple(matrix.shape[-2:])} "
             "matrix: at full rank nothing is approximated"
         )
+    matrix = accumulating(matrix)
     if columns is None:
         weight, spaces = matrix.double(), [_row_space(matrix, rank)]
     else:
