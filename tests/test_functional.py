@@ -19,6 +19,7 @@ from fnl_hf.cli import main
 from fnl_hf.layers.activations import activations, kind_of
 from fnl_hf.layers.target import LayerTarget
 from tests.families import build
+from tests.script_runs import run_script
 from tests.test_activation import narrow_data, tiny_tokenizer
 
 ROOTS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
@@ -526,3 +527,25 @@ def test_the_command(tmp_path, capsys):
         for name in ("plain", "data")
     ]
     assert not torch.equal(*weights)
+
+
+def test_the_script_pretrains_a_bert_with_relu_from_functional_factors(monkeypatch, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 60)
+    data = {"train_file": tmp_path / "text.txt", "vocab_size": 60, "max_seq_length": 16, "max_steps": 2}
+    model = {"model_type": "bert", "size": "tiny", "activation": "relu", "fnl_optim": "none", "learning_rate": 1e-3}
+    layers = {"attention": "none", "target_modules": "all-linear", "rank": 0.125, "init": "functional"}
+    rest = {"per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "output_dir": tmp_path / "out"}
+    run_script(monkeypatch, "run_mlm.py", **data, **model, **layers, **rest)
+    loaded = tf.BertForMaskedLM.from_pretrained(tmp_path / "out")
+    assert followed(loaded) == dict.fromkeys(MODELS["bert"][1], "relu")
+
+
+def test_the_script_that_measures_distances(monkeypatch, tmp_path, capsys):
+    options = {"models": "marian", "ranks": 0.0625, "seeds": [1, 2], "json": tmp_path / "figures.json"}
+    run_script(monkeypatch, "benchmark_functional.py", **options)
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    for figures in row["seeds"].values():
+        lost = [figures[f"layers, {way}"] for way in ("functional", "rescaled", "spectral")]
+        assert lost == sorted(lost) and 0.7 < lost[0] < lost[2] < 0.76
+        assert figures["model, functional"] < figures["model, spectral"]
+    assert "| marian | 0.0625 | 0.74" in capsys.readouterr().out
