@@ -1,25 +1,21 @@
 """Ranks that follow from a budget of parameters, or from the energy that is to be kept."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration, checked, evaluated
+from .calibration import Calibration
 from .config import FNLConfig
-from .distillation import Teacher
-from .factorization import Factorization, overwrite
-from .initialization import Sides, activation, energies
+from .factorization import Factorization
+from .initialization import Sides, energies
 from .plan import Skip, Target
 from .proof import Evidence
 
 FLOOR = 0.1  # of the rank at which a layer saves nothing: the least that "error" and "loss" leave it
-REFERENCE = 0.5  # of that rank: where "loss" measures
-LOOKS, ROWS = 4, 8  # batches that it measures on, and rows of each
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Share:
         dense: parameters of the weight as it is.
         full: the rank up to which components count.
         lone: a weight by itself, which stays dense where a product would be no smaller.
-        sides: what calibration says of it.
+        sides, outputs: what calibration says of it.
     """
 
     targets: tuple[Target, ...]
@@ -41,6 +37,7 @@ class Share:
     full: int
     lone: bool
     sides: Sides = None
+    outputs: Tensor | None = None
 
     def size(self, rank: int) -> int:
         """Parameters at a rank; of one that saves nothing, those of the dense weight."""
@@ -52,7 +49,7 @@ class Share:
     @cached_property
     def energies(self) -> Tensor:
         """What each further rank saves of the error, in descending order, summed over heads, float64."""
-        return energies(self.product.form, self.product.augmented(), self.sides)
+        return energies(self.product.form, self.product.augmented(), self.sides, self.outputs)
 
 
 @torch.no_grad()
@@ -75,13 +72,15 @@ def with_ranks(
     shares = _shares(model, config, targets, evidence)
     if calibration is not None:
         sides = calibration.of(targets)
-        shares = [replace(share, sides=sides[share.product.weights]) for share in shares]
+        outputs = calibration.curvatures(targets) if config.outputs_by_loss() else {}
+        keys = [share.product.weights for share in shares]
+        shares = [replace(s, sides=sides[key], outputs=outputs.get(key)) for s, key in zip(shares, keys, strict=True)]
     if config.energy is not None:
         ranks = [energy_rank(share.energies, config.energy) for share in shares]
     else:
         shared = {target.name for share in shares for target in share.targets}
         saved = _saved(model, [t for t in targets if t.name not in shared])
-        ranks = _within(model, config, shares, saved, calibration)
+        ranks = _within(model, config, shares, saved)
     pairs = zip(shares, ranks, strict=True)
     decided = {target.name: (share, rank) for share, rank in pairs for target in share.targets}
     kept, skipped = [], []
@@ -168,14 +167,11 @@ def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
     return sum(sizes.values())
 
 
-def _within(
-    model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int, calibration: Calibration | None
-) -> list[int]:
+def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int) -> list[int]:
     """The largest ranks, by one fraction, by error or by loss, with which the model is within its ratio.
 
     Args:
         saved: parameters that targets of given ranks save.
-        calibration: what losses are measured on.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(share.dense for share in shares) - saved
@@ -185,7 +181,7 @@ def _within(
     elif config.rank_allocation == "error":
         ranks_at = _by_worth(shares, [1 / share.energies.sum().clamp_min(1e-300) for share in shares])
     else:
-        ranks_at = _by_worth(shares, losses_per_energy(model, shares, calibration.batches))
+        ranks_at = _by_worth(shares, _losses_per_energy(shares))
 
     def size(level: float) -> int:
         return sum(share.size(rank) for share, rank in zip(shares, ranks_at(shares, level), strict=True))
@@ -221,36 +217,8 @@ def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Se
     return ranks_at
 
 
-def losses_per_energy(model: nn.Module, shares: Sequence[Share], batches: Sequence[Mapping]) -> list[float]:
-    """Of each share, what the model loses per energy that is cut there: measured with it alone at a reference rank.
-
-    The loss is the distance of the model's outputs from what they were (`fnl_hf.distillation`), on a few texts.
-    """
-    looks = [_some_rows(batch) for batch in batches[:: max(1, len(batches) // LOOKS)][:LOOKS]]
-    teacher, weights = Teacher(model), []
-    with evaluated(model):
-        looks = list(checked(model, looks))
-        wanted = [teacher.outputs(batch) for batch in looks]
-        for share in shares:
-            rank = max(1, min(share.full - 1, round(REFERENCE * share.dense / share.cost(1))))
-            with _cut(share, rank):
-                pairs = zip(looks, wanted, strict=True)
-                lost = [float(teacher.distance(model(**batch), before, batch)) for batch, before in pairs]
-            weights.append(max(sum(lost) / len(lost), 0.0) / float(share.energies[rank:].sum().clamp_min(1e-300)))
-    return weights
-
-
-@contextlib.contextmanager
-def _cut(share: Share, rank: int) -> Iterator[None]:
-    """Within, the model has a share's product at a lower rank; then, bit for bit, what it had."""
-    product = share.product
-    before = [factor.clone() for factor in product.augmented()]
-    overwrite(product, activation(product.form, before, rank, share.sides))
-    try:
-        yield
-    finally:
-        product.write(before)
-
-
-def _some_rows(batch: Mapping[str, object]) -> dict[str, object]:
-    return {name: value[:ROWS] if isinstance(value, Tensor) else value for name, value in batch.items()}
+def _losses_per_energy(shares: Sequence[Share]) -> list[float]:
+    """Energies weighted by curvature are losses; those of a share without one count as much as others do."""
+    known = sorted(float(share.energies.sum()) for share in shares if share.outputs is not None)
+    usual = known[len(known) // 2] if known else 1.0
+    return [1.0 if s.outputs is not None else usual / float(s.energies.sum().clamp_min(1e-300)) for s in shares]

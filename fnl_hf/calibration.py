@@ -1,197 +1,40 @@
-"""Second moments of what multiplies the factors of a model, from batches that are run through it."""
+"""What batches of a model's inputs say of its products."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .algebra.tensors import accumulating
-from .algebra.weighted import shrunk
-from .plan import Activation, Target
-
-UNSEEN = 0.1  # of a row that no batch looks up: how often it counts
-
-
-class Moment:
-    """E[x xᵀ] of what a module takes or puts out, summed in float64 on the module's device."""
-
-    def __init__(self, activation: Activation):
-        self.activation = activation
-        self.total: Tensor | None = None  # (*batch, width, width)
-        self.cross: Tensor | None = None  # the same of what stands for x
-        self.positions = 0
-
-    def hook(self, model: nn.Module, take: Callable[[nn.Module, Tensor], None]) -> RemovableHandle:
-        """Hand (the module, its tensor that is read) to ``take`` in every forward of a model from now on."""
-        module = model.get_submodule(self.activation.module)
-
-        def given(value: object) -> None:
-            take(module, (value[0] if isinstance(value, (tuple, list)) else value).detach())
-
-        if self.activation.end == "output":
-            return module.register_forward_hook(lambda module, args, output: given(output))
-        return module.register_forward_pre_hook(
-            lambda module, args, kwargs: given(args or next(iter(kwargs.values()))), with_kwargs=True
-        )
-
-    def features(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        """x, (*batch, positions, width): all positions but those that a mask leaves out."""
-        spread = value if self.activation.spread is None else self.activation.spread(module, value)
-        return self.activation.read(accumulating(spread[_kept(spread, masks, self.activation.module)]))
-
-    def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
-        """Count a batch."""
-        self.add_features(self.features(module, value, masks))
-
-    def add_features(self, x: Tensor, stood_for: Tensor | None = None) -> None:
-        """Count what ``features`` gave, and with it what it stands for, in the same positions."""
-        # a batch by itself in single precision, the sum of batches in double
-        self.total = _plus(self.total, x.mT @ x)
-        if stood_for is not None:
-            self.cross = _plus(self.cross, stood_for.mT @ x)
-        self.positions += x.shape[-2]
-
-    def mean(self, shrink: bool) -> tuple[Tensor | None, Tensor | None]:
-        """E[x xᵀ], and E[x x̃ᵀ] where x̃ stands for x: the first is of x̃ then. None where nothing was seen."""
-        if not self.positions:
-            return None, None
-        mean, cross = (sums if sums is None else sums / self.positions for sums in (self.total, self.cross))
-        return shrunk(mean, self.positions, cross) if shrink else (mean, cross)
-
-
-class _Counts(Moment):
-    """How often a module looks up each of its rows, (1, rows): the diagonal that E[x xᵀ] has for one-hot x."""
-
-    def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
-        kept = value[_kept(value[..., None], masks, self.activation.module)]
-        self.total = _plus(self.total, torch.bincount(kept.flatten(), minlength=module.num_embeddings)[None])
-        self.positions += kept.numel()
-
-    def mean(self, shrink: bool) -> tuple[Tensor | None, None]:
-        return (self.total.clamp_min(UNSEEN) / self.positions if self.positions else None), None
-
-
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    return more.double() if total is None else total + more
+from .curvature import curvatures
+from .moments import moments
+from .plan import Target
 
 
 class Calibration:
-    """What batches say of the products of a model, each of which is looked at once."""
+    """Batches, and what they say of the products of a dense model, each of which is looked at once."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Mapping[str, object]]):
         self.model = model
         self.batches = batches if isinstance(batches, Mapping) else list(batches)  # they are run several times
         self._sides: dict[tuple, tuple[Tensor | None, ...]] = {}
+        self._curvatures: dict[tuple, Tensor | None] = {}
         self._looked_at: set[str] = set()
+        self._felt: set[str] = set()
 
     def of(self, targets: Sequence[Target]) -> dict[tuple, tuple[Tensor | None, ...]]:
-        """``Factorization.weights`` -> moments, those of all layers that are tied together."""
+        """``Factorization.weights`` -> moments of its inputs, those of all layers that are tied together."""
         new = [target for target in targets if target.name not in self._looked_at]
         found = moments(self.model, new, self.batches, True) if new else {}
-        for target, own in zip(new, found.values(), strict=True):
-            product = target.found(self.model)
+        for target in new:
+            product, own = target.found(self.model), found[target.name]
             self._sides[product.weights] = own + (self._sides.get(product.weights, ()) if product.lone else ())
         self._looked_at.update(found)
         return self._sides
 
-
-def moments(
-    model: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, object]], shrink: bool = False
-) -> dict[str, tuple[Tensor | None, ...]]:
-    """Run batches through a dense model and collect the second moments of what multiplies each factor.
-
-    Padding is left out, as ``attention_mask`` and ``decoder_attention_mask`` show it; of an encoder-decoder without the
-    latter, as labels of -100 do. Which of them counts follows from the number of positions. Where source and target are
-    equally long, a position counts only if neither leaves it out: fewer than there are, but never padding.
-    The model is in evaluation mode meanwhile, and left as it was, whatever happens.
-
-    Args:
-        batches: dicts of model inputs; tensors are moved to the model's device.
-        shrink: Draw moments of few positions to a multiple of the identity (``algebra.weighted.shrunk``).
-
-    Returns:
-        Name of a target -> one (*batch, width, width) float64 tensor E[x xᵀ] per entry of ``target.inputs()``, or
-        (1, rows) of what is looked up; None where that has none. None for all of them if the batches do not reach one.
-
-    Raises:
-        TypeError: A batch is no dict.
-        ValueError: There are no batches; there is padding, and a module has its positions in a shape of its own.
-    """
-    collected = {target.name: [a and (Moment if a.read else _Counts)(a) for a in target.inputs()] for target in targets}
-    wanted = [moment for several in collected.values() for moment in several if moment is not None]
-    masks: list[Tensor] = []
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for moment in wanted:
-            take = partial(moment.add, masks=masks)  # filled anew for every batch
-            stack.callback(moment.hook(model, take).remove)
-        stack.enter_context(evaluated(model))
-        for batch in checked(model, batches):
-            masks[:] = masks_of(model, batch)
-            model(**batch)
-    found = {
-        name: tuple(moment and moment.mean(shrink)[0] for moment in several) for name, several in collected.items()
-    }
-    for name, several in collected.items():
-        if any(moment is not None and mean is None for moment, mean in zip(several, found[name], strict=True)):
-            found[name] = (None,) * len(several)
-    return found
-
-
-def checked(model: nn.Module, batches: Iterable[Mapping[str, object]]) -> Iterator[dict[str, object]]:
-    """The batches with their tensors on the model's device.
-
-    Raises:
-        TypeError, ValueError: A batch is no dict; there is none.
-    """
-    device, empty = next((parameter.device for parameter in model.parameters()), None), True
-    for batch in batches:
-        empty = False
-        if not isinstance(batch, Mapping):
-            one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
-            raise TypeError(f"a batch of calibration is a {type(batch).__name__}, expected a dict of inputs{one}")
-        yield {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
-    if empty:
-        raise ValueError("calibration holds no batches: pass at least one dict of model inputs")
-
-
-@contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def masks_of(model: nn.Module, batch: Mapping[str, object]) -> Iterator[Tensor]:
-    """Which positions count, (sequences, positions), of source and target; all of a sequence that has no mask."""
-    for name in ("attention_mask", "decoder_attention_mask"):
-        if isinstance(mask := batch.get(name), Tensor) and mask.dim() == 2:
-            yield mask.bool()
-    labels, config = batch.get("labels"), getattr(model, "config", None)
-    translates = getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in batch
-    if translates and "decoder_attention_mask" not in batch and isinstance(labels, Tensor):
-        yield labels.ne(-100)
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            yield torch.ones(value.shape[:2], dtype=torch.bool)
-
-
-def _kept(features: Tensor, masks: Sequence[Tensor], module: str) -> Tensor:
-    """Which positions of (…, features) count: those of the masks that have their shape, or theirs with time first."""
-    kept, fits = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device), False
-    for mask in masks:
-        if kept.shape in (mask.shape, mask.mT.shape):
-            kept, fits = kept & (mask if kept.shape == mask.shape else mask.mT).to(kept.device), True
-    if not fits and not all(mask.all() for mask in masks):
-        raise ValueError(
-            f"{module} has positions of shape {tuple(kept.shape)}, which no mask has, so its padding cannot be left "
-            "out: calibrate on batches without padding"
-        )
-    return kept
+    def curvatures(self, targets: Sequence[Target]) -> dict[tuple, Tensor | None]:
+        """``Factorization.weights`` -> the curvature of the loss by its outputs; of tied layers that of the first."""
+        new = [target for target in targets if target.name not in self._felt]
+        found = curvatures(self.model, new, self.batches) if new else {}
+        for target in new:
+            self._curvatures.setdefault(target.found(self.model).weights, found[target.name])
+        self._felt.update(found)
+        return self._curvatures

@@ -16,7 +16,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .attachment import attached
-from .config import ALLOCATIONS, ATTENTION_KINDS, CALIBRATED, FORMS, INITIALIZATIONS, WILDCARDS, FNLConfig
+from .config import (
+    ALLOCATIONS,
+    ATTENTION_KINDS,
+    CALIBRATABLE,
+    CALIBRATED,
+    FORMS,
+    INITIALIZATIONS,
+    WILDCARDS,
+    FNLConfig,
+)
 from .factorization import FactorLeaf
 from .loading import written_whole
 from .measure import spectra
@@ -152,10 +161,11 @@ def _factorize(options: argparse.Namespace) -> None:
 
 
 def _check_calibration(options: argparse.Namespace) -> None:
-    if (options.calibration is not None) != (options.init in CALIBRATED):
-        if options.calibration is None:
-            raise ValueError(f"--init {options.init} looks at data: give --calibration FILE, with a text in each line")
-        raise ValueError(f"--calibration is for --init {', '.join(CALIBRATED)}, not {options.init}: drop it")
+    takes = CALIBRATED | CALIBRATABLE
+    if options.calibration is None and options.init in CALIBRATED:
+        raise ValueError(f"--init {options.init} looks at data: give --calibration FILE, with a text in each line")
+    if options.calibration is not None and options.init not in takes:
+        raise ValueError(f"--calibration is for --init {' or '.join(sorted(takes))}, not {options.init}: drop it")
     if options.calibration is not None and not options.calibration.is_file():
         raise ValueError(f"--calibration {options.calibration}: no such file")
     if options.calibration_samples < 1:
@@ -312,12 +322,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--form", default="matrix", choices=FORMS, help="of layers: U V^T, or U M V^T (deep)")
     command.add_argument(
         "--init", default="spectral", choices=INITIALIZATIONS,
-        help="initialisation of the factors; activation looks at texts (--calibration)",
+        help="""initialisation of the factors; activation looks at texts (--calibration), functional (for layers that
+        an activation follows) may""",
     )  # fmt: skip
     command.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="""for --init activation: texts as the model will see them, one in each line (.txt), JSON lines (.json) or
-        between tabs (.tsv); unpacks .gz and .xz""",
+        help="""for --init activation or functional: texts as the model will see them, one in each line (.txt), JSON
+        lines (.json) or between tabs (.tsv); unpacks .gz and .xz""",
     )  # fmt: skip
     command.add_argument(
         "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"

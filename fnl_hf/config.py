@@ -12,9 +12,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
 # See `initialization`
-INITIALIZATIONS = ("spectral", "activation", "default", "spectral-ones", "orthogonal", "xavier", "kaiming")
-NOT_BUILT_INITIALIZATIONS = ("functional",)
+INITIALIZATIONS = (
+    "spectral",
+    "activation",
+    "functional",
+    "default",
+    "spectral-ones",
+    "orthogonal",
+    "xavier",
+    "kaiming",
+)
 CALIBRATED = frozenset({"activation"})  # those that look at data
+CALIBRATABLE = frozenset({"functional"})  # those that may
+LOOK_AHEAD = frozenset({"functional"})  # those that look at the activation that follows a layer
 FORMS = ("matrix", "deep")
 NOT_BUILT_FORMS = ("tucker", "tucker2", "tensor-train")
 ALLOCATIONS = ("uniform", "error", "loss")
@@ -57,18 +67,24 @@ class FNLConfig(QuantizationConfigMixin):
             would save nothing stays dense.
         rank_allocation: How `target_ratio` is shared. "uniform": one fraction of every rank. "error": the largest
             singular values (of what the weights make of the data of a calibration, if there is one), each relative to
-            the energy of its layer, per parameter that they cost. "loss": those that cost most of what the model puts
-            out, measured with one product cut at a time; takes an `init` that looks at data.
+            the energy of its layer, per parameter that they cost. "loss": those that cost the model most, by the
+            curvature of its loss: see `calibration_outputs`.
         form: Of layers: "matrix", U V^T, or "deep", U M V^T with a square M that starts as the identity.
         init: "spectral": balanced factors of each product (the best ones of lower rank). "activation": the best ones
-            on the data of `factorize(..., calibration=...)`, for trained models. "default": of heads the
-            factors that the model has, at lower rank the leading rows of each head; of layers factors drawn anew, with
-            the variance of the weights for their product. For comparison, of layers only: "spectral-ones" (spectral,
-            with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in "default".
+            on the data of `factorize(..., calibration=...)`, for trained models. "functional", for new models: of
+            linear layers that ReLU, GELU or SiLU follows those that best approximate this function of their output,
+            for standard normal inputs or with the moments of `calibration`; spectral ones of all else. "default": of
+            heads the factors that the model has, at lower rank the leading rows of each head; of layers factors drawn
+            anew, with the variance of the weights for their product. For comparison, of layers only: "spectral-ones"
+            (spectral, with singular values of one), "orthogonal", "xavier" and "kaiming" factors; heads are then as in
+            "default".
         calibration_inputs: Of "activation": what it takes for the inputs of a product. "dense": those that the dense
             model gives it on the data. "compressed": those that it will get from what stands before it, compressed
             already, from which it then approximates what the dense model computes; block by block, in five times the
             time.
+        calibration_outputs: Of "activation": how errors of what a product puts out count. "alike", or by the "loss":
+            how much the outputs of the whole model depend on them, which takes a backward. `None`: by the loss if
+            `rank_allocation` goes by it.
         plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
             checkpoint is loaded. Not for users.
         format_version: Of the plan.
@@ -91,6 +107,7 @@ class FNLConfig(QuantizationConfigMixin):
     form: str = "matrix"
     init: str = "spectral"
     calibration_inputs: str = "dense"
+    calibration_outputs: str | None = None
     plan: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -98,7 +115,7 @@ class FNLConfig(QuantizationConfigMixin):
         if self.quant_method != "fnl":
             raise ValueError(f"quant_method is {self.quant_method!r}, expected 'fnl'")
         self.attention = _attention(self.attention)
-        _check_choice("init", self.init, INITIALIZATIONS, NOT_BUILT_INITIALIZATIONS)
+        _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("form", self.form, FORMS, NOT_BUILT_FORMS)
         _check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
         _check_choice("head_layout", self.head_layout, ("padded", "compact"))
@@ -111,7 +128,12 @@ class FNLConfig(QuantizationConfigMixin):
         _check_choice("calibration_inputs", self.calibration_inputs, ("dense", "compressed"))
         if self.calibration_inputs == "compressed" and self.init != "activation":
             raise ValueError(f"calibration_inputs='compressed' is of init='activation', and init is {self.init!r}")
-        if self.rank_allocation == "loss" and self.init not in CALIBRATED:
+        _check_choice("calibration_outputs", self.calibration_outputs, (None, "alike", "loss"))
+        if self.rank_allocation == "loss" and self.calibration_outputs == "alike":
+            raise ValueError("rank_allocation='loss' and calibration_outputs='alike' exclude each other: drop one")
+        if self.calibration_outputs == "loss" and self.init != "activation":
+            raise ValueError(f"calibration_outputs='loss' is of init='activation', and init is {self.init!r}")
+        if self.rank_allocation == "loss" and self.init != "activation":
             raise ValueError(
                 f"rank_allocation='loss' measures on data, and init={self.init!r} takes none: give init='activation' "
                 "and factorize(..., calibration=batches of model inputs)"
@@ -200,6 +222,10 @@ class FNLConfig(QuantizationConfigMixin):
     def energy(self) -> float | None:
         """The share of the squared singular values that layers keep; None where ``rank`` says it otherwise."""
         return self.rank["energy"] if isinstance(self.rank, dict) and self.target_ratio is None else None
+
+    def outputs_by_loss(self) -> bool:
+        """Whether errors count by how much the model's outputs depend on them."""
+        return "loss" in (self.calibration_outputs, self.rank_allocation)
 
     def is_full_rank(self) -> bool:
         """Whether every product keeps its rank, whatever model it lies in."""

@@ -51,15 +51,19 @@ class Teacher:
         self.model.to(device).eval()
         with self._context():
             outputs = self.model(**inputs)
+        return {name: outputs[name] for name in self._compared(outputs)}
+
+    def _compared(self, outputs: Mapping[str, Any]) -> list[str]:
+        """Names of what is compared, logits if there are any."""
         found = [name for name in LOGITS if isinstance(outputs.get(name), Tensor)]
         names = found or [name for name in (HIDDEN,) if name in outputs]
         if not names:
             raise ValueError(
-                f"the teacher {type(self.model).__name__} gives {', '.join(outputs)}, and none of {', '.join(LOGITS)} "
-                "or last_hidden_state to learn from: give a model of the student's class"
+                f"{type(self.model).__name__} gives {', '.join(outputs)}, and none of {', '.join(LOGITS)} or {HIDDEN} "
+                "that another model could learn: give one of a class that does"
             )
         self._rows = outputs[names[0]].dim() < 3 or names[0] not in (HIDDEN, *LOGITS_OF_POSITIONS)
-        return {name: outputs[name] for name in names}
+        return names
 
     def count(self, inputs: Mapping[str, Any]) -> Tensor:
         """How many positions of a batch, or rows, the loss is a mean over; the first batch is run to see which."""
@@ -97,14 +101,37 @@ class Teacher:
             parts.append(self._distance(name, given, wanted.to(given.device), self._mask(inputs)))
         return sum(parts)
 
+    def probe(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """A scalar of a model's own outputs whose gradients by them, drawn at random, have the curvature of
+        ``distance`` for their second moments: the log-probabilities of drawn classes, or sums of drawn signs.
+
+        Summed over positions, or rows.
+        """
+        compared, mask = {name: outputs[name] for name in self._compared(outputs)}, self._mask(inputs)
+        parts = []
+        for name, given in compared.items():
+            given = given.float()
+            if name == HIDDEN and given.dim() == 3:
+                parts.append(_probe_of_hidden(given, _everywhere(given) if mask is None else mask, generator))
+                continue
+            if given.dim() > 2:
+                given = given.flatten(0, -2) if self._rows or mask is None else given[mask]
+            if self._regresses or given.shape[-1] == 1:
+                parts.append((_signs(given, generator) * given).sum())
+                continue
+            chances = F.softmax(given.detach(), dim=-1)
+            drawn = (chances.cumsum(-1) < torch.rand(len(chances), 1, generator=generator).to(chances)).sum(-1)
+            drawn = drawn.clamp(max=chances.shape[-1] - 1)
+            parts.append(F.log_softmax(given, dim=-1).gather(-1, drawn[:, None]).sum())
+        return sum(parts)
+
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _distance(self, name: str, given: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
         given, wanted = given.float(), wanted.float()
         if name == HIDDEN and given.dim() == 3:
-            everywhere = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-            return _of_hidden(given, wanted, everywhere if mask is None else mask)
+            return _of_hidden(given, wanted, _everywhere(given) if mask is None else mask)
         if given.dim() > 2:
             given, wanted = (x.flatten(0, -2) if self._rows or mask is None else x[mask] for x in (given, wanted))
         if self._regresses or given.shape[-1] == 1:
@@ -134,6 +161,28 @@ def _of_hidden(given: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
     means = [(x * weights).sum(1) / lengths.clamp_min(1) for x in (given, wanted)]
     of_positions, of_texts = _relative(given, wanted)[mask].sum(), (_relative(*means) * lengths[:, 0]).sum()
     return (of_positions + of_texts) / mask.sum().clamp_min(1)
+
+
+def _probe_of_hidden(hidden: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Σ s·h/‖h‖ over positions, and over texts Σ √length s·m/‖m‖ of their means m, with drawn signs s."""
+    weights = mask[..., None].to(hidden.dtype)
+    lengths = weights.sum(1)
+    means = (hidden * weights).sum(1) / lengths.clamp_min(1)
+    of_positions, of_texts = (_signs(x, generator) * x / _lengths(x) for x in (hidden, means))
+    return (of_positions * weights).sum() + (of_texts * lengths.sqrt()).sum()
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """-1 or 1, each as likely."""
+    return torch.randint(0, 2, like.shape, generator=generator).to(like).mul(2).sub(1)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    return vectors.detach().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+
+
+def _everywhere(hidden: Tensor) -> Tensor:
+    return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
 
 def _relative(given: Tensor, wanted: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .algebra import Form
-from .algebra.weighted import energies_of_product, energies_of_weight, of_product, of_weight
+from .algebra import functional as of_functions
+from .algebra.weighted import energies_of_product, energies_of_weight, of_product, of_weight, roots
 
 Sides = Sequence[Tensor | None] | None
-Initialization = Callable[[Form, Sequence[Tensor], int, Sides], Sequence[Tensor]]
+Initialization = Callable[..., Sequence[Tensor]]  # of a form, factors, a rank and sides; ``functional`` takes more
 
 
 def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None) -> Sequence[Tensor]:
@@ -27,7 +28,12 @@ def spectral(form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = No
 
 
 def activation(
-    form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None, crosses: Sides = None
+    form: Form,
+    factors: Sequence[Tensor],
+    rank: int,
+    sides: Sides = None,
+    crosses: Sides = None,
+    outputs: Tensor | None = None,
 ) -> Sequence[Tensor]:
     """Balanced factors of the best approximation on the data that ``sides`` are of, not of all inputs alike.
 
@@ -37,17 +43,36 @@ def activation(
 
     Args:
         crosses: E[x x̃ᵀ] for each side that is of x̃, which the factors will be given in the place of x.
+        outputs: G, how much errors of what the product puts out count: (*batch, m, m) of a weight, the same for all
+            heads of outputs and values, of queries the curvature of each head's. All alike if None.
     """
     if not looks_at(form, factors, sides) or rank >= form.size(factors)[1]:
         return spectral(form, factors, rank)
     if len(factors) == 1:
-        pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides), crosses and crosses[0])
+        pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides), crosses and crosses[0], outputs)
     else:
-        pair = of_product(*factors, rank, *_metrics(sides), *(_metrics(crosses) if crosses else ()))
+        left, right, weights = _metrics(factors[0], sides, outputs)
+        of_others = (None, None) if crosses is None else (None, crosses[0]) if crosses[1] is None else crosses
+        pair = of_product(*factors, rank, left, right, *of_others, weights)
     return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
 
 
-def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None) -> Tensor:
+def functional(
+    form: Form, factors: Sequence[Tensor], rank: int, sides: Sides = None, followed_by: str | None = None
+) -> Sequence[Tensor]:
+    """Balanced factors with the least E‖σ(Wx) − σ(U Vᵀ x)‖² for a layer that the activation σ follows.
+
+    For x of the second moment that ``sides`` hold, or standard normal ones; the bias is left out
+    (``algebra.functional``; Vodrahalli et al., 2022). Spectral of all else, and at full rank, where nothing is lost.
+    """
+    if followed_by is None or len(factors) > 1 or rank >= form.size(factors)[1]:
+        return spectral(form, factors, rank)
+    columns = _columns_and_rows(factors[0], sides)[0] if looks_at(form, factors, sides) else None
+    pair = of_functions.approximation(factors[0], rank, followed_by, columns)
+    return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
+
+
+def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None, outputs: Tensor | None = None) -> Tensor:
     """What each further rank of ``activation`` saves of the error, summed over heads, in descending order, float64.
 
     Without sides, or where it cannot use them, of ``spectral``: the squared singular values.
@@ -55,9 +80,9 @@ def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None) -> Tens
     if not looks_at(form, factors, sides):
         each = form.singular_values(factors).double().square()
     elif len(factors) == 1:
-        each = energies_of_weight(factors[0], *_columns_and_rows(factors[0], sides))
+        each = energies_of_weight(factors[0], *_columns_and_rows(factors[0], sides), outputs)
     else:
-        each = energies_of_product(*factors, *_metrics(sides))
+        each = energies_of_product(*factors, *_metrics(factors[0], sides, outputs))
     return each.reshape(-1, each.shape[-1]).sum(0).cpu()
 
 
@@ -68,9 +93,22 @@ def _columns_and_rows(matrix: Tensor, sides: Sequence[Tensor | None]) -> tuple[T
     return sum(columns) if columns else None, sum(rows) if rows else None
 
 
-def _metrics(sides: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor]:
-    """Of the left factor's features and of the right one's; of outputs and values those between them."""
-    return (None, sides[0]) if sides[1] is None else (sides[0], sides[1])
+def _metrics(
+    left: Tensor, sides: Sequence[Tensor | None], outputs: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Of the left factor's features and of the right one's, and what the error of each head counts.
+
+    Of outputs and values those between them, and what the left factor makes of them. The gradient by a query is
+    Σ_j s_j k_j, with s_j that by its score with key j: if those are alike, the mean square of all its scores' is
+    tr(G C_k⁻¹) over the width of a head.
+    """
+    if sides[1] is None:
+        return None if outputs is None else left.double().mT @ outputs @ left.double(), sides[0], None
+    if outputs is None:
+        return sides[0], sides[1], None
+    inverse = roots(sides[1])[1]
+    weights = (outputs * (inverse @ inverse)).sum((-2, -1)) / outputs.shape[-1]
+    return sides[0], sides[1], weights
 
 
 def looks_at(form: Form, factors: Sequence[Tensor], sides: Sides) -> bool:
@@ -133,6 +171,7 @@ def _empty(matrix: Tensor, rank: int) -> list[Tensor]:
 INITIALIZATIONS: dict[str, Initialization] = {
     "spectral": spectral,
     "activation": activation,
+    "functional": functional,
     "default": default,
     "spectral-ones": spectral_ones,
     "orthogonal": _drawn(torch.nn.init.orthogonal_, "Orthogonal"),
@@ -143,13 +182,18 @@ INITIALIZATIONS: dict[str, Initialization] = {
 
 def keeps_the_product(init: str, lone: bool) -> bool:
     """Whether an initialisation leaves a product as it is at full rank; ``lone``: of a weight by itself."""
-    return init in ("spectral", "activation") or not lone
+    return init in ("spectral", "activation", "functional") or not lone
 
 
 @torch.no_grad()
 def initial_factors(
-    form: Form, factors: Sequence[Tensor], rank: int, init: str, sides: Sides = None, crosses: Sides = None
+    form: Form, factors: Sequence[Tensor], rank: int, init: str, sides: Sides = None, **more: object
 ) -> Sequence[Tensor]:
-    """New factors in the place of ``Factorization.augmented`` ones, by a named initialisation."""
-    more = () if crosses is None else (crosses,)
-    return INITIALIZATIONS[init](form, factors, rank, sides, *more)
+    """New factors in the place of ``Factorization.augmented`` ones, by a named initialisation.
+
+    Args:
+        more: what else it looks at, None where that is not known: the ``crosses`` of "activation", the activation that
+            the layer is ``followed_by`` for those of ``config.LOOK_AHEAD``.
+    """
+    known = {name: value for name, value in more.items() if value is not None}
+    return INITIALIZATIONS[init](form, factors, rank, sides, **known)

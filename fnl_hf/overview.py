@@ -72,7 +72,7 @@ def summary(model: nn.Module) -> Summary:
             }
         )
     planned = Plan.of(stored) if stored else Plan((), plan(model, FNLConfig()).skipped)
-    notes = []
+    notes = planned.told(stored) if stored else []
     for family in FAMILIES.values() if stored else ():
         kinds = {target.kind for target in planned.targets if type(target) is family.target}
         notes += family.target.notes(stored, [product for product in products if product.kind in kinds])

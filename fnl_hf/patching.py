@@ -1,6 +1,6 @@
 """`factorize` and its way back, `to_dense`; `verify` proves what stands in between."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -9,10 +9,9 @@ from torch import nn
 from .attachment import attach, detach
 from .calibration import Calibration
 from .checking import OutputsDiffer, check_unchanged, kept_on_error, refuse_wrapped
-from .config import CALIBRATED, FNLConfig
+from .config import CALIBRATABLE, CALIBRATED, FNLConfig
 from .factorization import (
     Declares,
-    Factorization,
     FactorLeaf,
     declared,
     factorizations,
@@ -20,14 +19,14 @@ from .factorization import (
     parameter_counts,
     swap,
 )
-from .initialization import Sides, initial_factors, keeps_the_product, looks_at
+from .fitting import fitted
+from .initialization import keeps_the_product
 from .messages import say
-from .plan import Plan, Target, headline
+from .plan import Plan, headline
 from .planning import nothing_found, plan_with_evidence
 from .proof import Evidence, Verification, declared_at, holders, prove
 from .replay import distance, new_basis
 from .saving import forget_plans, own_configs, save_under_any_names, save_under_own_names
-from .successive import successive
 
 SAME_BASIS = 0.1  # relative change of a factor under which it is nearly the old one
 
@@ -50,8 +49,8 @@ def factorize(
         verify: Example inputs, as the model's forward takes them by keyword. Every product is proven on a replay of its
             attention module: on the call that it receives from these inputs; without them from made-up ones, or on what
             its signature asks for. What fails is skipped.
-        calibration: Batches, each a dict of the forward's inputs, for an ``init`` that looks at data; padding
-            (``attention_mask``) is left out.
+        calibration: Batches, each a dict of the forward's inputs, for an ``init`` that looks at data ("functional" may
+            do without); padding (``attention_mask``) is left out.
         check: Where all products keep their full rank, run the model once more on the inputs that it was recorded with:
             it must give what it gave before.
 
@@ -68,12 +67,12 @@ def factorize(
         raise TypeError(f"factorize got a {type(model).__name__} as model, expected a torch.nn.Module")
     if verify is not None and not isinstance(verify, Mapping):
         raise TypeError(f"verify is a {type(verify).__name__}, expected a dict of inputs by the names of forward")
-    if (calibration is not None) != (config.init in CALIBRATED):
+    if calibration is None and config.init in CALIBRATED:
         raise ValueError(
             f"init={config.init!r} looks at data: pass factorize(..., calibration=batches of model inputs)"
-            if calibration is None
-            else f"init={config.init!r} does not look at data: drop calibration"
         )
+    if calibration is not None and config.init not in CALIBRATED | CALIBRATABLE:
+        raise ValueError(f"init={config.init!r} does not look at data: drop calibration")
     refuse_wrapped(model)
     _refuse_factorized(model)
     # The check at the end is a change of basis of the whole model too: one in planning is only to say what fails it.
@@ -87,6 +86,8 @@ def factorize(
     products = factorizations(model)
     sizes = [(product.kind, *product.size()) for product in products]
     say(headline(sizes, *parameter_counts(model, products), len(planned.skipped)))
+    for line in planned.told(config):
+        say(f"fnl_hf: {line}")
     return model
 
 
@@ -182,15 +183,11 @@ def _factorized(
     )
     if not (whole or checked):  # a family takes less than the full rank: nothing would look at the whole model
         return _factorized(model, config, verify, calibration, check, whole=True)
-    factors, unmoved, blind = {}, set(), []
-    for target, new, sides in _made(model, planned.targets, config, data):
-        product, factors[target.name] = found[target.name], new
-        original = product.augmented()
+    factors, unmoved = {}, set()
+    for target, new in fitted(model, planned.targets, config, data):
+        original, factors[target.name] = found[target.name].augmented(), new
         if distance(new[0][..., :64, :], original[0][..., :64, :]) < SAME_BASIS:  # of some rows
             unmoved.add(target.name)
-        if data is not None and _is_blind(target, product, sides):
-            blind.append(target.name)
-    _tell_of_blind(blind)
     own = set(model.parameters())  # what an error must bring back
     with kept_on_error(model) as written:
         install(model, config, planned)
@@ -210,46 +207,6 @@ def _factorized(
             with new_basis([product for product in products if product.name in unmoved]):
                 check_unchanged(model, evidence.recording, products)
     return planned
-
-
-def _made(
-    model: nn.Module, targets: Sequence[Target], config: FNLConfig, data: Calibration | None
-) -> Iterator[tuple[Target, Sequence[torch.Tensor], Sides]]:
-    """(target, its new factors as its layer holds them, what is known of its sides) of every target."""
-    of_weights: dict[tuple, Sequence[torch.Tensor]] = {}  # tied layers have one product
-
-    def initial(target: Target, product: Factorization, sides: Sides, crosses: Sides) -> Sequence[torch.Tensor]:
-        original, key = product.augmented(), (target.rank, *product.weights)
-        for factor in original:
-            if not torch.linalg.vector_norm(factor, torch.inf).isfinite():
-                raise ValueError(
-                    f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
-                )
-        if key not in of_weights:
-            new = initial_factors(product.form, original, target.rank, config.init, sides, crosses)
-            of_weights[key] = target.shaped(new)
-        return of_weights[key]
-
-    if data is not None and config.calibration_inputs == "compressed":
-        yield from successive(model, targets, data, initial)
-        return
-    known = {} if data is None else data.of(targets)
-    for target in targets:
-        product = target.found(model)
-        sides = known.get(product.weights)
-        yield target, initial(target, product, sides, None), sides
-
-
-def _is_blind(target: Target, product: Factorization, sides: Sides) -> bool:
-    """Whether a product loses rank without data on what it loses."""
-    loses = target.rank < product.full_rank and not product.kind.startswith("rotary")
-    return loses and not looks_at(product.form, product.augmented(), sides)
-
-
-def _tell_of_blind(blind: Sequence[str]) -> None:
-    if blind:
-        some = ", ".join(blind[:3]) + (f" and {len(blind) - 3} more" if len(blind) > 3 else "")
-        say(f"fnl_hf: calibration does not reach {some}: spectral there")
 
 
 def _shape_only(parameter: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,13 @@ Each kind of thing that can be factorized (the heads of attention, say) is a *fa
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from .config import FNLConfig
+from .config import LOOK_AHEAD, FNLConfig
 from .factorization import Factorization
 from .proof import Evidence
 from .trial import Trial
@@ -54,6 +54,7 @@ class Target(ABC):
     """
 
     family: ClassVar[str] = ""  # its tag in a stored plan; the name of the class if not given
+    followed_by = None  # the activation that takes its output, by name; a field of a family that can tell
 
     name: str
     kind: str
@@ -97,6 +98,11 @@ class Target(ABC):
         return []
 
     @classmethod
+    def told(cls, config: FNLConfig, targets: Sequence[Self]) -> list[str]:
+        """Lines for the log and the summary, where an initialisation does not take all of this family alike."""
+        return []
+
+    @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
         """Lines for the summary of a model, about the factorizations that belong to this family."""
         return []
@@ -124,6 +130,10 @@ class Target(ABC):
         then both count; or, with None in the second place, those between them as the left one takes them.
         """
         return ()
+
+    def output(self) -> Activation | None:
+        """Where its product, or of queries and keys its left side, is put out; None where that is not known."""
+        return None
 
     @classmethod
     def with_tied(cls, model: nn.Module, targets: Sequence[Self]) -> Sequence[Self]:
@@ -233,9 +243,22 @@ class Plan:
 
     def install(self, model: nn.Module) -> None:
         """Put all targets in place, family by family."""
+        for family, targets in self.by_family():
+            family.install(model, targets)
+
+    def told(self, config: FNLConfig) -> list[str]:
+        """Which targets the initialisation took how, in lines for the user; none where it took all alike."""
+        lines = [line for family, targets in self.by_family() for line in family.told(config, targets)]
+        if lines:
+            return [*lines, "spectral for all others"]
+        none = f"{config.init}: spectral everywhere, since no layer of reduced rank has a known activation behind it"
+        return [none] if config.init in LOOK_AHEAD else []
+
+    def by_family(self) -> Iterator[tuple[type[Target], list[Target]]]:
+        """The families that have targets here, with those."""
         for family in FAMILIES.values():
             if targets := [target for target in self.targets if type(target) is family.target]:
-                family.target.install(model, targets)
+                yield family.target, targets
 
     def to_dict(self) -> dict[str, list[dict]]:
         """JSON-ready data, which ``Plan.of`` a stored config reads back."""

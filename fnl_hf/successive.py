@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Batch, Calls, block_lists, calls_of, stopped_after
-from .calibration import Calibration, Moment, checked, evaluated, masks_of
+from .calibration import Calibration
 from .factorization import Factorization, overwrite
 from .initialization import Sides
+from .moments import Moment, checked, evaluated, masks_of
 from .plan import Target
 
 # (target, its product in the dense model, sides, crosses) -> new factors
 Initial = Callable[[Target, Factorization, Sides, Sides], Sequence[Tensor]]
-Made = tuple[Target, Sequence[Tensor], Sides]
 
 
 @dataclass
@@ -35,8 +35,10 @@ class _Walk:
     compressed: Calls
 
 
-def successive(model: nn.Module, targets: Sequence[Target], data: Calibration, initial: Initial) -> Iterator[Made]:
-    """(target, its factors, what is known of its sides) for every target, in the order of a forward.
+def successive(
+    model: nn.Module, targets: Sequence[Target], data: Calibration, initial: Initial
+) -> Iterator[tuple[Target, Sequence[Tensor]]]:
+    """(target, its factors) for every target, in the order of a forward.
 
     What lies in no block of the model (embeddings, output layers), and weights that are tied, come first, by the inputs
     of the dense model. The model is not changed: a copy of it takes each product as it is made.
@@ -53,7 +55,7 @@ def successive(model: nn.Module, targets: Sequence[Target], data: Calibration, i
             product = target.found(model)
             factors = initial(target, product, sides[product.weights], None)
             overwrite(target.found(compressed), factors)
-            yield target, factors, sides[product.weights]
+            yield target, factors
         for chain in chains:
             walks = [_walk(model, compressed, chain, batch) for batch in batches]
             for index, block in enumerate(chain):
@@ -61,7 +63,7 @@ def successive(model: nn.Module, targets: Sequence[Target], data: Calibration, i
                     for target, sides, crosses in _paired(model, compressed, chain, index, stage, walks):
                         factors = initial(target, target.found(model), sides, crosses)
                         overwrite(target.found(compressed), factors)
-                        yield target, factors, sides
+                        yield target, factors
                 for walk in walks:
                     walk.dense.hidden = walk.dense.run(model, chain, index)
                     walk.compressed.hidden = walk.compressed.run(compressed, chain, index)

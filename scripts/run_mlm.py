@@ -102,7 +102,9 @@ def main() -> None:
     set_seed(args.seed)
     longest = max(sequence_lengths(data_args))
     model = job.finished_model() or job.pretrained_or_new(
-        lambda: new_model(model_args.model_type, model_args.size, tokenizer, longest, model_args.dropout),
+        lambda: new_model(
+            model_args.model_type, model_args.size, tokenizer, longest, model_args.dropout, model_args.activation
+        ),
         tokenizer,
         longest,
         "--max_seq_length and --phase2_seq_length",

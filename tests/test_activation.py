@@ -210,7 +210,7 @@ def test_the_command_takes_a_file_of_texts(tmp_path, capsys):
     assert main([*command, "--init", "activation"]) == 2
     assert "--init activation looks at data: give --calibration FILE" in capsys.readouterr().err
     assert main([*command, "--calibration", str(tmp_path / "texts.txt")]) == 2
-    assert "--calibration is for --init activation, not spectral" in capsys.readouterr().err
+    assert "--calibration is for --init activation or functional, not spectral" in capsys.readouterr().err
     assert main([*command, "--init", "activation", "--calibration", str(tmp_path / "none.txt")]) == 2
     assert "none.txt: no such file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([*command, "--init", "activation", "--calibration", str(tmp_path / "texts.txt")]) == 0

@@ -19,6 +19,8 @@ FLOORS = [
     {
         "initialization",
         "calibration",
+        "moments",
+        "curvature",
         "blocks",
         "distillation",
         "attachment",
@@ -33,6 +35,7 @@ FLOORS = [
         "planning",
         "patching",
         "successive",
+        "fitting",
         "inference",
         "checking",
         "optimizer_state",

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf import config, initialization
-from fnl_hf.calibration import moments
+from fnl_hf.moments import moments
 from fnl_hf.planning import plan
 from tests.families import SEQ2SEQ, build
 
@@ -172,7 +172,8 @@ def test_an_initialisation_that_looks_at_data_gets_them(monkeypatch):
 
     monkeypatch.setitem(initialization.INITIALIZATIONS, "peeking", peeking)
     monkeypatch.setattr(config, "INITIALIZATIONS", ("peeking",))
-    monkeypatch.setattr("fnl_hf.patching.CALIBRATED", frozenset({"peeking"}))
+    for module in ("patching", "fitting"):
+        monkeypatch.setattr(f"fnl_hf.{module}.CALIBRATED", frozenset({"peeking"}))
     model, inputs = build("bert")
     cfg = fnl_hf.FNLConfig(init="peeking", attention=("qk",))
     with pytest.raises(ValueError, match="init='peeking' looks at data: pass factorize.*calibration="):

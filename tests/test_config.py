@@ -168,7 +168,6 @@ def test_what_a_pattern_matches(pattern, names):
         ({"rank_allocation": "loss", "target_ratio": 0.5}, ValueError, "measures on data"),
         ({"calibration_inputs": "compressed"}, ValueError, "is of init='activation'"),
         ({"calibration_inputs": "both", "init": "activation"}, ValueError, "calibration_inputs"),
-        ({"init": "functional"}, NotImplementedError, "init='functional' is not built yet"),
         ({"form": "tucker"}, NotImplementedError, "form='tucker' is not built yet"),
         ({"format_version": 0}, ValueError, "format_version 0"),
         ({"format_version": "2"}, ValueError, "format_version '2'"),

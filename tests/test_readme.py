@@ -90,6 +90,11 @@ def test_the_figures_are_those_of_the_results():
             continue
         at = " / ".join(row["setting"].removeprefix("rank ") for row in rows)
         assert f"| {name} | {at} | {' / '.join(share)} | {' / '.join(reached)} |" in text
+    for row in json.loads((RESULTS / "functional_distance_cpu.json").read_text())["rows"]:
+        runs = list(row["seeds"].values())
+        means = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+        cells = [f"{m:.4f} ± {max(abs(run[n] - m) for run in runs):.4f}" for n, m in means.items()]
+        assert f"| {row['model']} | {row['rank']:g} | {' | '.join(cells)} |" in text
     tuned = json.loads((RESULTS / "finetuning_cpu.json").read_text())["BLEU"]
     before = tuned.pop("before")
     assert f"| before | {before['new']:.2f} | {before['shipped']:.2f} |" in text

@@ -198,3 +198,50 @@ def test_where_the_inputs_are_the_same_nothing_changes():
     assert_close(plain[0] @ plain[1], same[0] @ same[1])
     drawn_to = shrunk(second(x, x), 20, second(x, x))
     assert_close(*drawn_to)
+
+
+# -- where errors of what is put out do not count alike ----------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_no_weight_of_the_rank_costs_less(shape):
+    weight, columns, curvature = drawn(*shape, seed=3), moment(shape[1]), moment(shape[0], seed=8)
+
+    def cost(left, right):
+        difference = weight - left @ right
+        return ((curvature @ difference @ columns) * difference).sum()
+
+    left, right = of_weight(weight, 3, columns, outputs=curvature)
+    reached = float(cost(left, right))
+    assert reached <= least(cost, (left, right)) * (1 + 1e-7)
+    assert_close(float(energies_of_weight(weight, columns, outputs=curvature)[3:].sum()), reached)
+    assert reached < 0.98 * float(cost(*of_weight(weight, 3, columns)))
+
+
+def test_no_table_of_the_rank_costs_less():
+    table, counts, curvature = drawn(9, 6, seed=3), drawn(9, seed=5).square(), moment(6, seed=8)
+
+    def cost(left, right):
+        difference = table - left @ right
+        return ((difference @ curvature) * difference * counts[:, None]).sum()
+
+    left, right = of_weight(table, 3, None, counts, outputs=curvature)
+    assert float(cost(left, right)) <= least(cost, (left, right)) * (1 + 1e-7)
+    assert_close(float(energies_of_weight(table, None, counts, curvature)[3:].sum()), float(cost(left, right)))
+
+
+def test_heads_of_a_group_count_by_their_weights():
+    left, right, weights = drawn(3, 7, 5, seed=1), drawn(1, 5, 8, seed=2), torch.tensor([5.0, 0.1, 1.0]).double()
+    of_queries, of_keys = moment(3, 5, seed=3), moment(1, 5, seed=5)
+
+    def error(a, b):
+        difference = torch.eye(5, dtype=torch.float64) - a @ b.mT
+        each = torch.einsum("hij,hik,hjl,hkl->h", of_queries, difference, difference, of_keys.expand(3, -1, -1))
+        return (weights * each).sum()
+
+    new_left, new_right = of_product(left, right, 3, of_queries, of_keys, weights=weights)
+    a = torch.linalg.lstsq(left, new_left).solution
+    b = torch.linalg.lstsq(right.mT, new_right.mT).solution
+    assert float(error(a, b)) <= least(error, (a, b)) * (1 + 1e-7)
+    saved = energies_of_product(left, right, of_queries, of_keys, weights)
+    assert_close(float(saved[..., 3:].sum()), float(error(a, b)))

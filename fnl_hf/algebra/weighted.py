@@ -15,8 +15,11 @@ def of_weight(
     columns: Tensor | None = None,
     rows: Tensor | None = None,
     cross: Tensor | None = None,
+    outputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """U (*batch, m, rank), Vᵀ (*batch, rank, n) that minimise ‖D^½ (W − U Vᵀ) C^½‖_F. Not balanced, float64.
+
+    With ``outputs`` ‖D^½ G^½ (W − U Vᵀ) C^½‖_F, or of rows that are looked up ‖D^½ (W − U Vᵀ) G^½‖_F.
 
     With ``cross`` E‖W x − U Vᵀ x̃‖², where the layer will be given x̃ in the place of x: the best approximation of
     W E[x x̃ᵀ] C⁻¹, with C = E[x̃ x̃ᵀ].
@@ -26,11 +29,18 @@ def of_weight(
         columns: C, (*batch, n, n) positive semidefinite: second moments of what W multiplies. The identity if None.
         rows: the diagonal of D, (*batch, m), nonnegative: how often each row is looked up. Ones if None.
         cross: E[x x̃ᵀ], (*batch, n, n), where C is that of x̃; takes no rows.
+        outputs: G, how much errors of what is put out count, (*batch, m, m), or (*batch, n, n) of what is looked up.
     """
     matrix = matrix.double()
+    if outputs is not None and columns is None:
+        columns, outputs = outputs, None
     if cross is not None:
-        inverse = _roots(columns)[1]
+        inverse = roots(columns)[1]
         matrix = matrix @ cross.double() @ inverse @ inverse
+    if outputs is not None:
+        root, inverse = roots(outputs)
+        left, right = of_weight(root @ matrix, rank, columns, rows)
+        return inverse @ left, right
     if rows is None and columns is not None and matrix.shape[-2] <= matrix.shape[-1]:
         basis = _leading(matrix @ columns @ matrix.mT, rank)  # of what comes out: needs no inverse of C
         return basis, basis.mT @ matrix
@@ -41,9 +51,15 @@ def of_weight(
     return matrix @ (root @ basis), basis.mT @ inverse
 
 
-def energies_of_weight(matrix: Tensor, columns: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+def energies_of_weight(
+    matrix: Tensor, columns: Tensor | None = None, rows: Tensor | None = None, outputs: Tensor | None = None
+) -> Tensor:
     """Squared singular values of D^½ W C^½ in descending order, (*batch, min(m, n)): what each further rank saves."""
     size = min(matrix.shape[-2:])
+    if outputs is not None and columns is None:
+        columns = outputs
+    elif outputs is not None:
+        matrix = roots(outputs)[0] @ matrix.double()
     return _energies(_gram_of_weight(matrix.double(), columns, rows)[0])[..., :size]
 
 
@@ -55,6 +71,7 @@ def of_product(
     right_metric: Tensor,
     left_cross: Tensor | None = None,
     right_cross: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A' (*batch, m, rank), B' (*batch, rank, n) for the product A B of a head. Not balanced, float64.
 
@@ -74,18 +91,22 @@ def of_product(
         left_metric: (*batch of left, r, r); AᵀA if None.
         right_metric: (*batch, r, r), of either factor's batch.
         left_cross, right_cross: E[q q̃ᵀ] and E[k k̃ᵀ], shaped as the metrics.
+        weights: how much the error of each head counts, (*batch of left).
     """
     left, right, metric = left.double(), right.double(), right_metric.double()
-    gram, inverse, to_left = _gram_of_product(left, right, left_metric, metric, left_cross, right_cross)
+    gram, inverse, to_left = _gram_of_product(left, right, left_metric, metric, left_cross, right_cross, weights)
     down = inverse @ _leading(gram, rank)  # (*batch, r, rank)
     up = (metric if right_cross is None else right_cross.double()) @ down
     up = torch.linalg.solve(down.mT @ metric @ down, up, left=False)
     return left @ (up if to_left is None else to_left @ up), down.mT @ right
 
 
-def energies_of_product(left: Tensor, right: Tensor, left_metric: Tensor | None, right_metric: Tensor) -> Tensor:
+def energies_of_product(
+    left: Tensor, right: Tensor, left_metric: Tensor | None, right_metric: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """What each further rank of ``of_product`` saves, (*batch of right, r), in descending order."""
-    return _energies(_gram_of_product(left.double(), right.double(), left_metric, right_metric.double())[0])
+    left, right, metric = left.double(), right.double(), right_metric.double()
+    return _energies(_gram_of_product(left, right, left_metric, metric, weights=weights)[0])
 
 
 def shrunk(moment: Tensor, count: int, cross: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -112,7 +133,7 @@ def shrunk(moment: Tensor, count: int, cross: Tensor | None = None) -> tuple[Ten
 
 def _gram_of_weight(matrix: Tensor, columns: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """C^½ WᵀD W C^½, C^½ and C^{-½}; the last two None without C."""
-    root, inverse = (None, None) if columns is None else _roots(columns)
+    root, inverse = (None, None) if columns is None else roots(columns)
     scaled = matrix if rows is None else matrix * rows.double().sqrt()[..., None]
     scaled = scaled if root is None else scaled @ root
     return scaled.mT @ scaled, root, inverse
@@ -125,18 +146,20 @@ def _gram_of_product(
     right_metric: Tensor,
     left_cross: Tensor | None = None,
     right_cross: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """C_r^½ (Σ C_l) C_r^½ of the group that shares the right factor, its C_r^{-½}, and M_l."""
     left_metric = left.mT @ left if left_metric is None else left_metric.double()
     shared = [i for i, (a, b) in enumerate(zip(left.shape[:-2], right.shape[:-2], strict=True)) if b == 1 < a]
     mean = right_metric.mean(shared, keepdim=True) if shared else right_metric
-    root, inverse = _roots(mean)
+    root, inverse = roots(mean)
     to_left = None
     if left_cross is not None:
-        to_left = torch.linalg.matrix_power(_roots(left_metric)[1], 2) @ left_cross.double().mT
+        to_left = torch.linalg.matrix_power(roots(left_metric)[1], 2) @ left_cross.double().mT
         left_metric = to_left.mT @ left_metric @ to_left
     between = root if right_cross is None else right_cross.double() @ inverse
     total = between.mT @ left_metric @ between
+    total = total if weights is None else weights[..., None, None] * total
     return (total.sum(shared, keepdim=True) if shared else total), inverse, to_left
 
 
@@ -149,7 +172,7 @@ def _leading(gram: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
 
 
-def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
     """C^½ and C^{-½}, the second on the space where C has more than rounding: zero outside it."""
     values, vectors = torch.linalg.eigh(metric.double())
     floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps

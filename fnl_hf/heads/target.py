@@ -93,6 +93,13 @@ class HeadTarget(Target):
         queries, keys = activation(self.left, "output"), activation(self.right, "output")
         return (queries, keys) if queries and keys else (None, None)
 
+    def output(self) -> Activation | None:
+        """The queries, or what the output projection puts out."""
+        if self.slot == "qk":
+            return self.inputs()[0]
+        own = self.left.weight.rpartition(".")[0]
+        return Activation(self.leaf(self.left), "output", lambda x: x[None]) if own else None
+
     def renamed(self, rename: Renaming) -> "HeadTarget | None":
         """The product under the names that its weights get in a model, below their nearest common ancestor."""
         names = {path: rename(self._full(path)) for side in self.sides for path in (side.weight, side.bias) if path}

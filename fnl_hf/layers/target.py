@@ -1,6 +1,8 @@
 """`LayerTarget`: a layer of factors in a plan, and how it takes the place of the ordinary one."""
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,10 +13,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..algebra import chain
-from ..config import FNLConfig
+from ..algebra.gaussian import ACTIVATIONS
+from ..config import LOOK_AHEAD, FNLConfig
 from ..factorization import Factorization, View, swap
 from ..plan import Activation, Skip, Target
+from ..proof import Evidence
 from ..trial import Trial
+from .activations import activations
 from .convolution import FactorizedConv1d, FactorizedConv2d
 from .embedding import FactorizedEmbedding
 from .inference import quickened
@@ -46,6 +51,7 @@ class LayerTarget(Target):
         scale: what an embedding multiplies its rows by, where it keeps that in a buffer, which no checkpoint holds.
         tied: other layers of the model have the same weight, so a checkpoint may hold it under their names only.
         pivoted: a linear layer in the form of its own columns, for inference.
+        followed_by: the activation that its output goes through, where the initialisation looks at that.
     """
 
     family: ClassVar[str] = "layers"
@@ -54,6 +60,7 @@ class LayerTarget(Target):
     tied: bool = False
     scale: float | None = None
     pivoted: bool = False
+    followed_by: str | None = None
 
     def found(self, model: nn.Module) -> Factorization:
         """The weight as it lies in the dense layer."""
@@ -74,6 +81,22 @@ class LayerTarget(Target):
         left, right = factors
         middle = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
         return left, middle.expand(*left.shape[:-2], -1, -1), right
+
+    @classmethod
+    def settle(
+        cls, model: nn.Module, config: FNLConfig, targets: Sequence["LayerTarget"], evidence: Evidence
+    ) -> Sequence["LayerTarget"]:
+        """Adds which layers an activation follows, if the initialisation looks at it; tied ones must agree on it."""
+        names = [t.name for t in targets if t.kind == "linear" and t.rank < t.found(model).full_rank]
+        if config.init not in LOOK_AHEAD or not names:
+            return targets
+        recording = evidence.recording
+        found = activations(model, names, recording and recording.inputs)
+        of_weights = defaultdict(set)
+        for target in targets:
+            of_weights[target.found(model).weights].add(found.get(target.name))
+        agreed = {weights: kinds.pop() for weights, kinds in of_weights.items() if len(kinds) == 1}
+        return [replace(target, followed_by=agreed.get(target.found(model).weights)) for target in targets]
 
     @classmethod
     def with_tied(cls, model: nn.Module, targets: Sequence["LayerTarget"]) -> Sequence["LayerTarget"]:
@@ -102,6 +125,10 @@ class LayerTarget(Target):
         spread = FactorizedConv2d.patches if self.kind == "conv" else None
         return (Activation(self.name, "input", lambda x: x[None], spread),)
 
+    def output(self) -> Activation | None:
+        """What it puts out; of a convolution, whose matrix has further rows, not known."""
+        return None if self.kind == "conv" else Activation(self.name, "output", lambda x: x[None])
+
     def flaw(self, model: nn.Module | None = None) -> str | None:
         if (flaw := super().flaw(model)) or model is None:
             flags = {"deep": self.deep, "pivoted": self.pivoted, "tied": self.tied}
@@ -113,6 +140,8 @@ class LayerTarget(Target):
             if flaw is None and not (self.scale is None or is_scale):
                 return f"scale is {self.scale!r}, expected a number, of an embedding, or null"
             known = {layer.kind for layer in LAYERS.values()}
+            if flaw is None and not (self.followed_by is None or self.followed_by in ACTIVATIONS):
+                return f"followed_by is {self.followed_by!r}, expected one of {sorted(ACTIVATIONS)}, or null"
             return flaw if flaw or self.kind in known else f"kind is {self.kind!r}, expected one of {sorted(known)}"
         leaf = model.get_submodule(self.name)
         layer = layer_class(leaf)
@@ -147,6 +176,15 @@ class LayerTarget(Target):
         return quickened(model, targets, trial)
 
     @classmethod
+    def told(cls, config: FNLConfig, targets: Sequence["LayerTarget"]) -> list[str]:
+        """Which layers approximate which function."""
+        by_kind = defaultdict(list)
+        for target in targets:
+            by_kind[target.followed_by].append(target.name)
+        others = by_kind.pop(None, [])
+        return [f"{config.init} for {kind}: {', '.join(_shortened(by_kind[kind], others))}" for kind in sorted(by_kind)]
+
+    @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
         """Which layers save neither parameters nor multiplications at their rank."""
         notes, larger = [], [product.name for product in products if _is_larger(product)]
@@ -161,6 +199,20 @@ class LayerTarget(Target):
 def _is_larger(product: Factorization) -> bool:
     first, *_, last = factors = product.factors()
     return sum(factor.numel() for factor in factors) >= first.shape[0] * first.shape[-2] * last.shape[-1]
+
+
+def _shortened(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Names with one entry for all that differ in numbers only, unless some of ``others`` does too."""
+    patterns = set(map(_numberless, names)).difference(map(_numberless, others))
+    groups = defaultdict(list)
+    for name in names:
+        groups[_numberless(name) if _numberless(name) in patterns else name].append(name)
+    return [group[0] if len(group) == 1 else f"{name} ({len(group)})" for name, group in groups.items()]
+
+
+def _numberless(name: str) -> str:
+    """A name with a star for the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _reader(leaf: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -51,6 +51,10 @@ class ModelArguments(FactorizationArguments):
     size: str = field(default="tiny", metadata={"help": "Layers and width.", "choices": tuple(SIZES)})
     # None by default, for short runs; BERT, RoBERTa and ELECTRA were published with 0.1, ModernBERT with none
     dropout: float = field(default=0.0, metadata={"help": "Dropout of sub-layers and attention; 0.1 for long runs."})
+    activation: str | None = field(
+        default=None,
+        metadata={"help": "Activation of feed-forward layers in place of GELU.", "choices": ("relu", "gelu", "silu")},
+    )
     # Its tokenizer
     tokenizer_name: str | None = field(default=None, metadata={"help": "Take this tokenizer instead of training one."})
     tokenizer_type: str = field(
@@ -180,7 +184,7 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, ML
 def _check_unused(model_args: ModelArguments, data_args: DataArguments, args: MLMArguments) -> None:
     given = model_args.given
     if model_args.model_name_or_path:
-        sizes = ("model_type", "size", "dropout", "tokenizer_type", "vocab_size", "lowercase")
+        sizes = ("model_type", "size", "dropout", "activation", "tokenizer_type", "vocab_size", "lowercase")
         check_unused(given, sizes, "the checkpoint has its own. Leave it out")
     elif model_args.tokenizer_name:
         check_unused(given, ("tokenizer_type", "vocab_size", "lowercase"), "the tokenizer is given. Leave it out")

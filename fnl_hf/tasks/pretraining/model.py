@@ -28,7 +28,12 @@ _MODERNBERT = {"base": (22, 768, 1152), "large": (28, 1024, 2624)}  # layers, wi
 
 
 def new_model(
-    model_type: str, size: str, tokenizer: PreTrainedTokenizerBase, max_length: int = 512, dropout: float = 0.1
+    model_type: str,
+    size: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int = 512,
+    dropout: float = 0.1,
+    activation: str | None = None,
 ) -> PreTrainedModel:
     """A masked language model of `MODEL_TYPES` in one of `SIZES`, newly initialised, for the tokens of `tokenizer`.
 
@@ -39,6 +44,7 @@ def new_model(
     Args:
         max_length: tokens of the longest sequence; there are positions for at least as many as published.
         dropout: after every sub-layer and of attention weights. ModernBERT was published without.
+        activation: of feed-forward layers, as transformers names it; GELU, as published, if None.
     """
     layers, width = SIZES[size]
     # Begin and end as the tokenizer has them: older Trainers write its own into the config, and resuming compares that
@@ -58,6 +64,7 @@ def new_model(
             attention_dropout=dropout,
             embedding_dropout=dropout,
             mlp_dropout=dropout,
+            hidden_activation=activation or "gelu",
         )
         return ModernBertForMaskedLM(config)
     if model_type == "electra" and size == "small":
@@ -70,6 +77,7 @@ def new_model(
         "max_position_embeddings": max(512, max_length),
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
+        "hidden_act": activation or "gelu",
     }
     if model_type == "bert":
         return BertForMaskedLM(BertConfig(**shape))

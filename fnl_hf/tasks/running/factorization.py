@@ -62,8 +62,8 @@ class FactorizationArguments:
     init: str = field(
         default="spectral",
         metadata={
-            "help": "Initialisation of the factors: spectral or default; of layers also spectral-ones, orthogonal, "
-            "xavier or kaiming, to compare."
+            "help": "Initialisation of the factors: spectral or default; of layers also functional (for those that an "
+            "activation follows), and spectral-ones, orthogonal, xavier or kaiming, to compare."
         },
     )
     given: frozenset[str] = field(default=frozenset(), init=False, repr=False)

@@ -1,0 +1,76 @@
+"""How much a model's outputs depend on what each of its layers puts out: second moments of gradients.
+
+With G = E[g gᵀ] for the gradients g of the loss by what a layer puts out, an error Δy there costs ½ Δyᵀ G Δy: one of
+the two factors of the loss's curvature by the layer's weight that K-FAC takes it for (Martens and Grosse, *Optimizing
+Neural Networks with Kronecker-factored Approximate Curvature*, 2015). The loss is the distance of the outputs from what
+they are (`fnl_hf.distillation`), so no labels are needed: its gradients vanish, and those of random probes, whose
+second moments are its curvature, stand for them.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .distillation import Teacher
+from .moments import Moment, checked, evaluated, masks_of
+from .plan import Target
+
+
+def curvatures(
+    model: nn.Module, targets: Sequence[Target], batches: Iterable[Mapping[str, object]]
+) -> dict[str, Tensor | None]:
+    """Run batches through a dense model and back, and collect G of what each target puts out.
+
+    The model is left as it was: no gradients of its parameters are made.
+
+    Returns:
+        Name of a target -> G, (*batch, width, width), of its rows (of queries for queries and keys), float64, drawn to
+        a multiple of the identity where positions are few; None where no output is known, or nothing depends on it.
+    """
+    moments = {target.name: Moment(output) for target in targets if (output := target.output()) is not None}
+    teacher, generator = Teacher(model), torch.Generator().manual_seed(0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluated(model))
+        stack.enter_context(_with_graph(model))
+        for batch in checked(model, batches):
+            masks, seen = list(masks_of(model, batch)), []
+            with _recorded(model, moments.values(), seen):
+                probe = teacher.probe(model(**batch), batch, generator)
+            gradients = torch.autograd.grad(probe, [value for *_, value in seen], allow_unused=True)
+            for (moment, module, _), gradient in zip(seen, gradients, strict=True):
+                if gradient is not None:
+                    with torch.no_grad():
+                        moment.add(module, gradient, masks)
+    found = {name: moment.mean(True)[0] for name, moment in moments.items()}
+    return {target.name: found.get(target.name) for target in targets}
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, moments: Iterable[Moment], seen: list) -> Iterator[None]:
+    """Within, (moment, module, its output with the graph behind it) is added to a list at every call."""
+    with contextlib.ExitStack() as stack:
+        for moment in moments:
+
+            def take(module: nn.Module, value: Tensor, moment: Moment) -> None:
+                seen.append((moment, module, value))
+
+            stack.callback(moment.hook(model, partial(take, moment=moment), detached=False).remove)
+        yield
+
+
+@contextlib.contextmanager
+def _with_graph(model: nn.Module) -> Iterator[None]:
+    """Within, forwards have graphs, though all of the model may be frozen."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    able = [parameter for parameter in frozen if parameter.is_floating_point()]
+    try:
+        for parameter in able:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in able:
+            parameter.requires_grad_(False)
