@@ -50,7 +50,7 @@ def carry_state(moves: Sequence[tuple[Before, Factorization]], state: State) -> 
         where the state is unknown or not made of moments, or where rows that no product reads have no place in a
         weight of another shape. Parameters of no product are not the matter of this function.
     """
-    known = {parameter: kept for parameter, kept in state.items() if kept and _has_only_moments(kept, parameter)}
+    known = {parameter: kept for parameter, kept in state.items() if kept and has_only_moments(kept, parameter)}
     covered = _covered(moves)
     carried: dict[nn.Parameter, dict] = {}
     for new, old in _sources(moves).items():
@@ -108,7 +108,7 @@ def _parts(views: Sequence[View]) -> Iterator[tuple[tuple[nn.Parameter, int], in
             yield (view.bias, view.offset), view.read_bias(view.bias).numel()
 
 
-def _has_only_moments(kept: Mapping, parameter: Tensor) -> bool:
+def has_only_moments(kept: Mapping, parameter: Tensor) -> bool:
     """Whether every tensor in an optimizer's state is a moment that can be carried, or a count."""
     tensors = {key: value for key, value in kept.items() if torch.is_tensor(value) and value.dim()}
     return all(key in MOMENTS and value.shape == parameter.shape for key, value in tensors.items())

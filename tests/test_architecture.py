@@ -22,6 +22,7 @@ FLOORS = [
         "patching",
         "checking",
         "optimizer_state",
+        "ranks",
         "optim",
         "spectron",
         "decay",
