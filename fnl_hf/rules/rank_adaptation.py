@@ -11,12 +11,11 @@ With ``rank_interval=1`` every step is all of this: the one-pass scheme of Schot
 gradient projected onto the tangent space. The last cycle of a run, whole or not, does not augment, so that the core is
 trained at the ranks that it ends with.
 
-What the optimizer keeps of a core goes along with every change of bases. A core that grows has entries without a past:
-moments of old ones then count as those of ten steps at most, since Adam's steps for entries whose squares start from
-zero late in a run would be six times too large.
+What the optimizer keeps of a core goes along with every change of bases: see `fnl_hf.optimizer_state.change_bases`.
 """
 
 import json
+import math
 import os
 import warnings
 
@@ -31,13 +30,10 @@ from ..algebra import dlrt
 from ..config import FNLConfig
 from ..divergence import check_finite
 from ..messages import say
-from ..optimizer_state import MOMENTS, has_only_moments
+from ..optimizer_state import change_bases
 from ..plan import Plan
 from ..ranks import Adaptive, adaptive, take_ranks
 from .rule import Rule
-
-# Steps that the moments of a core count for at most once it has grown: about the memory of Adam's first moment
-_REMEMBERED = 10
 
 
 class RankAdaptation(Rule, ExportableState):
@@ -51,6 +47,7 @@ class RankAdaptation(Rule, ExportableState):
     def __init__(self):
         self.augmented = False
         self.ranks: dict[str, int] = {}
+        self._unlogged = True
         self._optimizer: Optimizer | None = None
         self._found: tuple[nn.Module, list[Adaptive]] | None = None
 
@@ -188,7 +185,7 @@ class RankAdaptation(Rule, ExportableState):
                     factors = dlrt.truncate(*each.factors(), 0.0, rank, rank)
                 self._put(each, *map(_from_the_first, factors))
                 self.ranks[each.name] = rank
-            self.augmented = False
+            self.augmented, self._unlogged = False, True
 
     @torch.no_grad()
     def _augment(self, each: Adaptive) -> None:
@@ -213,23 +210,10 @@ class RankAdaptation(Rule, ExportableState):
     @torch.no_grad()
     def _put(self, each: Adaptive, left: Tensor, core: Tensor, right: Tensor) -> None:
         """Other factors, and what the optimizer keeps of the core in their bases."""
-        old_left, old_core, old_right = each.factors()
+        old_left, _, old_right = each.factors()
         each.write(left, core, right)
-        if self._optimizer is not None and self._optimizer.state.get(each.core):
-            grows = core.shape[-1] > old_core.shape[-1]
-            self._carry(each.core, old_core, left.mT @ old_left, old_right.mT @ right, grows)
-
-    def _carry(self, core: nn.Parameter, before: Tensor, rows: Tensor, columns: Tensor, grows: bool) -> None:
-        kept = self._optimizer.state[core]
-        if not has_only_moments(kept, before):  # no meaning in other bases: it starts anew
-            del self._optimizer.state[core]
-            return
-        for key in kept.keys() & MOMENTS.keys():
-            if torch.is_tensor(kept[key]):
-                kept[key] = dlrt.transported(kept[key], rows, columns, MOMENTS[key])
-        group = next(group for group in self._optimizer.param_groups if any(p is core for p in group["params"]))
-        if grows and "step" in kept and "betas" in group:
-            _count_as(kept, _REMEMBERED, group["betas"])
+        if self._optimizer is not None:
+            change_bases(self._optimizer, each.core, left.mT @ old_left, old_right.mT @ right)
 
     # -- processes ------------------------------------------------------------------------------------
 
@@ -257,19 +241,21 @@ class RankAdaptation(Rule, ExportableState):
     # -- the log --------------------------------------------------------------------------------------
 
     def logs(self) -> dict[str, float]:
-        """Rank and compression (parameters of its factors / of the dense matrix) over all layers and of each.
+        """Mean rank and compression (parameters of the factors / of the dense matrices), and of each layer when new.
 
         Ranks are those that were settled last; ``augmented`` says whether the bases are wider now.
         """
-        sizes = {each.name: (self.ranks[each.name] * sum(each.shape), each.shape) for each in self.layers()}
-        dense = {name: rows * columns for name, (_, (rows, columns)) in sizes.items()}
+        kept = {each.name: self.ranks[each.name] * sum(each.shape) for each in self.layers()}
+        dense = {each.name: math.prod(each.shape) for each in self.layers()}
         logs = {
             "dlrt/rank": sum(self.ranks.values()) / len(self.ranks),
-            "dlrt/compression": sum(kept for kept, _ in sizes.values()) / sum(dense.values()),
+            "dlrt/compression": sum(kept.values()) / sum(dense.values()),
             "dlrt/augmented": float(self.augmented),
         }
-        for name, (kept, _) in sizes.items():
-            logs |= {f"dlrt/rank/{name}": self.ranks[name], f"dlrt/compression/{name}": kept / dense[name]}
+        if self._unlogged:  # two numbers of every layer: once for every time that they change
+            logs |= {f"dlrt/rank/{name}": rank for name, rank in self.ranks.items()}
+            logs |= {f"dlrt/compression/{name}": kept[name] / dense[name] for name in kept}
+            self._unlogged = False
         return {name: float(f"{value:.6g}") for name, value in logs.items()}
 
     def _ends_within_cycle(self, state) -> bool:
@@ -288,15 +274,3 @@ def _with_gradients(layers: list[Adaptive]) -> list[nn.Parameter]:
 def _from_the_first(tensor: Tensor) -> Tensor:
     """As the first process has it: bases that differ by rounding must not drift apart."""
     return broadcast(tensor.contiguous())
-
-
-def _count_as(kept: dict, steps: int, betas: tuple[float, float]) -> None:
-    """Scale an optimizer's moments to those of fewer steps, without changing what bias correction makes of them."""
-    count = int(kept["step"])
-    if count <= steps:
-        return
-    for key in kept.keys() & MOMENTS.keys():
-        if torch.is_tensor(kept[key]):
-            beta = betas[MOMENTS[key] - 1]
-            kept[key].mul_((1 - beta**steps) / (1 - beta**count))
-    kept["step"] = torch.full_like(kept["step"], steps) if torch.is_tensor(kept["step"]) else steps
