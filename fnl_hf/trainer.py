@@ -150,6 +150,8 @@ class FNLTrainerMixin(WarmStartMixin):
         """
         if "train_loss" in logs:
             logs["train_loss"] = self._losses.mean()  # in place: these are also the metrics that `train` returns
+            for rule in self.rules:
+                logs.update(rule.results())
         if "loss" in logs:
             check_finite(self.model, self.state.global_step)
             for rule in self.rules:

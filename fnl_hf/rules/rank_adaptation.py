@@ -245,18 +245,25 @@ class RankAdaptation(Rule, ExportableState):
 
         Ranks are those that were settled last; ``augmented`` says whether the bases are wider now.
         """
-        kept = {each.name: self.ranks[each.name] * sum(each.shape) for each in self.layers()}
-        dense = {each.name: math.prod(each.shape) for each in self.layers()}
-        logs = {
-            "dlrt/rank": sum(self.ranks.values()) / len(self.ranks),
-            "dlrt/compression": sum(kept.values()) / sum(dense.values()),
-            "dlrt/augmented": float(self.augmented),
-        }
+        logs = {f"dlrt/{name}": value for name, value in self._measures().items()}
+        logs["dlrt/augmented"] = float(self.augmented)
         if self._unlogged:  # two numbers of every layer: once for every time that they change
-            logs |= {f"dlrt/rank/{name}": rank for name, rank in self.ranks.items()}
-            logs |= {f"dlrt/compression/{name}": kept[name] / dense[name] for name in kept}
+            for each in self.layers():
+                rank = self.ranks[each.name]
+                logs[f"dlrt/rank/{each.name}"] = rank
+                logs[f"dlrt/compression/{each.name}"] = rank * sum(each.shape) / math.prod(each.shape)
             self._unlogged = False
         return {name: float(f"{value:.6g}") for name, value in logs.items()}
+
+    def results(self) -> dict[str, float]:
+        """Mean rank and compression that the run ended with."""
+        return {f"dlrt_{name}": value for name, value in self._measures().items()}
+
+    def _measures(self) -> dict[str, float]:
+        layers = self.layers()
+        kept = sum(self.ranks[each.name] * sum(each.shape) for each in layers)
+        dense = sum(math.prod(each.shape) for each in layers)
+        return {"rank": sum(self.ranks.values()) / len(layers), "compression": kept / dense}
 
     def _ends_within_cycle(self, state) -> bool:
         """Whether no cycle but this one begins before the run ends."""

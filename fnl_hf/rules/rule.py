@@ -71,6 +71,10 @@ class Rule(TrainerCallback):
         """What joins the loss in the log; asked whenever a loss is logged."""
         return {}
 
+    def results(self) -> dict[str, float]:
+        """What joins the metrics that ``train`` returns."""
+        return {}
+
     def on_train_begin(self, args, state, control, **kwargs):
         """Refuse a trainer that knows no rules.
 
