@@ -352,6 +352,14 @@ def test_ranks_grow_are_trained_and_are_cut(tmp_path):
     assert phases == [1, 1, 1, 0] * 3 + [0, 0]
 
 
+def test_ranks_keep_their_bounds(tmp_path):
+    """Without a tolerance nothing but bounds is cut: rank_max, or half of what a matrix can have."""
+    for bounds, expected in (({}, 16), ({"rank_max": 5}, 5), ({"rank_max": 100}, 32)):
+        trainer = make_trainer(make_model("bert"), tmp_path, rank_tolerance=0.0, **bounds)
+        trainer.train()
+        assert set(ranks(trainer.model).values()) == {expected}
+
+
 @pytest.mark.parametrize("model_type, interval", [("bert", 4), ("bert", 1), ("marian", 4), ("gpt2", 4)])
 def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(model_type, interval, tmp_path):
     """Marian shares one embedding between encoder, decoder and head: its cores are tied too."""

@@ -218,7 +218,9 @@ class FactorizedLayer(Declares, FactorLeaf):
                 composing it. A backward costs twice each.
         """
         if self._trains() or _is_recorded():  # a graph keeps nothing from one call to the next
-            return self.composed() if factored > dense + compose else None
+            # Frozen bases of a core that trains get no gradient, which is a third of the work; a dense weight must
+            worth = 1.0 if self.middle is None or self.right.requires_grad else 1.5
+            return self.composed() if factored > worth * (dense + compose) else None
         return None if factored < WORTH_TWO_CALLS * dense else self._kept("composed")
 
     def _trains(self) -> bool:

@@ -157,7 +157,7 @@ class RankAdaptation(Rule, ExportableState):
             return
         for each in self.layers():
             if not each.is_spectral():  # it was trained in the last cycle of a run that goes on
-                self._put(each, *self._cut(each, tolerance=0.0))
+                self._put(each, *self._cut(each, 0.0, 1, each.rank))
             each.freeze(False)
 
     def after_backward(self, scale: float, logged: bool) -> None:
@@ -178,7 +178,8 @@ class RankAdaptation(Rule, ExportableState):
         """At the end of a cycle the ranks are cut, alike on all processes."""
         if self.augmented and self.run.state.global_step % self.run.args.rank_interval == 0:
             args, layers = self.run.args, self.layers()
-            cuts = [self._cut(each, args.rank_tolerance) for each in layers]
+            bounds = [_bounds(each, args.rank_min, args.rank_max) for each in layers]
+            cuts = [self._cut(each, args.rank_tolerance, *some) for each, some in zip(layers, bounds, strict=True)]
             ranks = _from_the_first(torch.tensor([core.shape[-1] for _, core, _ in cuts], device=layers[0].core.device))
             for each, factors, rank in zip(layers, cuts, ranks.tolist(), strict=True):
                 if factors[1].shape[-1] != rank:  # rounding on this process took it across the tolerance
@@ -197,12 +198,9 @@ class RankAdaptation(Rule, ExportableState):
         each.core.grad = dlrt.tangent_gradient(old, new, grad_k, grad_l, gradients[1])
 
     @torch.no_grad()
-    def _cut(self, each: Adaptive, tolerance: float) -> dlrt.Factors:
-        args = self.run.args
-        largest = min(each.shape) // 2 if args.rank_max is None else args.rank_max
-        largest = each.rank if not tolerance else max(1, largest)
+    def _cut(self, each: Adaptive, tolerance: float, smallest: int, largest: int) -> dlrt.Factors:
         try:
-            return dlrt.truncate(*each.factors(), tolerance, min(args.rank_min, largest), largest)
+            return dlrt.truncate(*each.factors(), tolerance, smallest, largest)
         except torch.linalg.LinAlgError:
             check_finite(self.run.model, self.run.state.global_step)
             raise
@@ -276,6 +274,12 @@ _STORED = ("weight", "middle", "right")
 
 def _with_gradients(layers: list[Adaptive]) -> list[nn.Parameter]:
     return [p for each in layers for p in (each.left, each.core, each.right) if p.grad is not None]
+
+
+def _bounds(each: Adaptive, smallest: int, largest: int | None) -> tuple[int, int]:
+    """Of a layer's rank after a cut: half of what its matrix can have, where nothing higher or lower is given."""
+    largest = max(1, min(each.shape) // 2) if largest is None else largest
+    return min(smallest, largest), largest
 
 
 def _from_the_first(tensor: Tensor) -> Tensor:
