@@ -547,7 +547,38 @@ def test_a_run_that_goes_on_adapts_again(tmp_path):
     before = ranks(trainer.model)
     trainer.train()
     assert ranks(trainer.model) != before
-    assert all(not each.right.requires_grad and each.core.requires_grad for each in adaptive(trainer.model))
+    held = {parameter for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    for each in adaptive(trainer.model):
+        assert each.core in held and each.right not in held and each.left not in held
+        assert each.right.requires_grad  # for whoever trains it next
+
+
+def test_a_state_that_transformers_restores_goes_on(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
+    start, trained = fnl_hf.factorize(make_model("bert"), LAYERS), []
+    for resume in (None, str(tmp_path / "checkpoint-6")):
+        model = copy.deepcopy(start)
+        trainer = make_trainer(model, tmp_path, max_steps=10, frobenius_decay_mode="coupled", **options)
+        trainer.train(resume_from_checkpoint=resume)
+        trained.append(model)
+    assert ranks(trained[0]) == ranks(trained[1])
+    for value, same in zip(*(model.parameters() for model in trained), strict=True):
+        assert_close(same, value, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_adapt(tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_channels": 3, "num_labels": 3}
+    model = tf.ResNetForImageClassification(tf.ResNetConfig(**sizes, layer_type="basic"))
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(8)]
+    trainer = make_trainer(model, tmp_path, rows=rows, rank_tolerance=0.5)
+    trainer.train()
+    assert len(set(ranks(model).values())) > 1 and any(size[0] != size[1] for size in map(_shape, adaptive(model)))
+    images, logits = rows[0]["pixel_values"][None], model.eval()(rows[0]["pixel_values"][None]).logits
+    assert_close(fnl_hf.fix_ranks(model)(images).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def _shape(each):
+    return each.shape
 
 
 def test_a_deep_layer_adapts_too(tmp_path):

@@ -48,6 +48,7 @@ class RankAdaptation(Rule, ExportableState):
         self.augmented = False
         self.ranks: dict[str, int] = {}
         self._unlogged = True
+        self._known_to_ddp: list[str] | None = None
         self._optimizer: Optimizer | None = None
         self._found: tuple[nn.Module, list[Adaptive]] | None = None
 
@@ -78,11 +79,9 @@ class RankAdaptation(Rule, ExportableState):
             if self._processes > 1:
                 each.write(*(_from_the_first(factor) for factor in each.factors()))
         if self._processes > 1:
-            names = {f"{name}.{factor}" for each in self.layers() for name in each.names for factor in _STORED}
-            known = getattr(self.run.model, "_ddp_params_and_buffers_to_ignore", ())
-            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                self.run.model, sorted(names.union(known))
-            )
+            names = [f"{name}.{factor}" for each in self.layers() for name in each.names for factor in _STORED]
+            self._known_to_ddp = getattr(self.run.model, _IGNORED, None)
+            setattr(self.run.model, _IGNORED, [*(self._known_to_ddp or ()), *names])
 
     def before_load(self, checkpoint: str) -> None:
         """The ranks of a checkpoint, into which its weights fit.
@@ -119,6 +118,10 @@ class RankAdaptation(Rule, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         """Say what adapts; go on in the phase of a checkpoint."""
         super().on_train_begin(args, state, control)
+        if hasattr(self.run.model, _IGNORED):  # DDP wraps the model by now; another run may not adapt it
+            delattr(self.run.model, _IGNORED)
+            if self._known_to_ddp is not None:
+                setattr(self.run.model, _IGNORED, self._known_to_ddp)
         state.stateful_callbacks.setdefault(type(self).__name__, {})
         self._restore(state.stateful_callbacks if state.global_step else {})
         if not state.global_step and state.max_steps <= args.rank_interval:
@@ -132,6 +135,11 @@ class RankAdaptation(Rule, ExportableState):
             f"fnl_hf: the ranks of {len(ranks)} layers, {min(ranks)} to {max(ranks)}, adapt every "
             f"{args.rank_interval} steps at a tolerance of {args.rank_tolerance:g}"
         )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Whoever trains the model next trains all of it."""
+        for each in self.layers():
+            each.freeze(False)
 
     def state(self) -> dict:
         """What a checkpoint keeps: the phase, and the ranks that were settled last."""
@@ -234,7 +242,7 @@ class RankAdaptation(Rule, ExportableState):
         torch.distributed.all_reduce(message)
         used, *means = message.split([len(parameters), *(p.numel() for p in parameters)])
         for parameter, some, mean in zip(parameters, used.tolist(), means, strict=True):
-            parameter.grad = (mean / self._processes).view_as(parameter) if some else None
+            parameter.grad = (mean / self._processes).view_as(parameter).to(parameter.dtype) if some else None
 
     # -- the log --------------------------------------------------------------------------------------
 
@@ -270,6 +278,7 @@ class RankAdaptation(Rule, ExportableState):
 
 
 _STORED = ("weight", "middle", "right")
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a module: names that DDP leaves alone
 
 
 def _with_gradients(layers: list[Adaptive]) -> list[nn.Parameter]:
