@@ -89,7 +89,10 @@ class RankAdaptation(Rule, ExportableState):
         Raises:
             ValueError: It is not of a run with ``rank_adaptation``.
         """
-        with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
+        path = os.path.join(checkpoint, "config.json")
+        if not os.path.isfile(path):
+            raise ValueError(f"{checkpoint} has no config.json, where a model of transformers keeps the ranks it holds")
+        with open(path, encoding="utf-8") as file:
             stored = json.load(file).get("quantization_config")
         plan = Plan.of(FNLConfig.from_dict(stored)) if stored else Plan(())
         take_ranks(self.run.model, {target.name: target for target in plan.targets})
