@@ -10,6 +10,7 @@ from .layers import FactorizedConv1d, FactorizedConv2d, FactorizedEmbedding, Fac
 from .overview import Summary, summary
 from .patching import factorize, to_dense, verify
 from .plan import Candidate, Plan, Skip, Target, register_family
+from .ranks import fix_ranks
 from .rules import ImposeNorms, RecordNorms, Rule
 from .trainer import FNLSeq2SeqTrainer, FNLTrainer
 from .training_arguments import FNLSeq2SeqTrainingArguments, FNLTrainingArguments
@@ -39,6 +40,7 @@ __all__ = [
     "Target",
     "factorizations",
     "factorize",
+    "fix_ranks",
     "for_inference",
     "frobenius_decay_",
     "loading",

@@ -131,13 +131,13 @@ def _walks(model: nn.Module, names: Sequence[str], batch: Batch) -> bool:
     try:
         with torch.no_grad(), evaluated(model), _without_cache(model):
             model(**batch)
+            once = len(last) == 1
             for index in range(len(names)):
                 calls.hidden = calls.run(model, names, index)
     except Exception:
         return False
     finally:
         handle.remove()
-    once = len(last) == 1
     return once and bool((last[0] - calls.hidden).norm() <= 1e-3 * last[0].norm())  # not where it is no number
 
 

@@ -132,7 +132,7 @@ def decay_step(products: Sequence[Factorization], optimizer: torch.optim.Optimiz
 
     products = [product for product in products if any(rate_of(view.parameter) for view in product.views)]
     of_products = grams(products)  # these and `old`: of the factors before the first one moves
-    _check_stable(products, of_products, [max(rate_of(view.parameter) for view in p.views) for p in products])
+    _check_stable(products, of_products, [[rate_of(view.parameter) for view in p.views] for p in products])
     sharded = [pair for pair in zip(products, of_products, strict=True) if sharding.is_sharded(pair[0])]
     whole = [pair for pair in zip(products, of_products, strict=True) if not sharding.is_sharded(pair[0])]
     uses = Counter((view.parameter, view.offset) for product, _ in whole for view in product.views)
@@ -181,19 +181,21 @@ def _sharded_gradients(products: Sequence[Factorization]) -> dict[nn.Parameter, 
     return sharding.decay_gradients(products, sharding.grams(products)) if products else {}
 
 
-def _check_stable(products: Sequence[Factorization], of_products: Sequence, rates: Sequence[float]) -> None:
+def _check_stable(products: Sequence[Factorization], of_products: Sequence, rates: Sequence[Sequence[float]]) -> None:
     """With balanced factors a step takes σ to σ(1 − rate·σ)²: past rate·σ = 1 it overshoots.
 
     (U − rate·U VᵀV at UᵀU = VᵀV = Σ is U (1 − rate·Σ), V likewise.)
     """
     if not products:
         return
-    bounds = [product.form.stiffness(g) * r for product, g, r in zip(products, of_products, rates, strict=True)]
+    moving, rates = [list(map(bool, some)) for some in rates], list(map(max, rates))
+    every = list(zip(products, of_products, moving, rates, strict=True))
+    bounds = [product.form.stiffness(g, moving=moves) * rate for product, g, moves, rate in every]
     bounds = [bound.to(products[0].views[0].parameter.device) for bound in bounds]
     if float(torch.stack(bounds).max()) < 1:  # a bound by traces, nearly for free; one look per step at the device
         return
-    for product, of_product, rate in zip(products, of_products, rates, strict=True):
-        stiffness = float(product.form.stiffness(of_product, exact=True))
+    for product, of_product, moves, rate in every:
+        stiffness = float(product.form.stiffness(of_product, True, moves))
         if rate * stiffness >= 1:
             raise FloatingPointError(
                 f"decoupled Frobenius decay is unstable at {product.name}: learning rate x coefficient = {rate:.3g} "

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from .algebra import dlrt
 from .factorization import Factorization, View
 
 # Names of what optimizers keep per parameter, by its power of the gradient
@@ -19,6 +21,9 @@ MOMENTS = {
     "exp_avg": 1, "momentum_buffer": 1, "velocity": 1, "grad_avg": 1,
     "exp_avg_sq": 2, "max_exp_avg_sq": 2, "square_avg": 2, "sum": 2,
 }  # fmt: skip
+
+# Steps that the moments of a core count for at most once it has grown: about the memory of Adam's first moment
+_REMEMBERED = 10
 
 State = Mapping[nn.Parameter, Mapping[str, object]]  # as ``optimizer.state``
 
@@ -72,6 +77,43 @@ def carry_state(moves: Sequence[tuple[Before, Factorization]], state: State) -> 
             for view, moment in zip(product.views, new, strict=True):
                 view.write(moment, _or_zeros(targets))
     return carried
+
+
+@torch.no_grad()
+def change_bases(optimizer: Optimizer, core: nn.Parameter, rows: Tensor, columns: Tensor) -> None:
+    """Carry what an optimizer keeps of the core S of U S Vᵀ to new bases, in place.
+
+    Beside `dlrt.transported` two things keep the steps of optimizers that divide by √v at their size. A mean of squares
+    is at least the square of the mean, and is made so where terms that add up in the new bases broke it. Entries of a
+    core that grows have no past: old ones then count as those of ten steps at most, with the same means, since squares
+    that start from zero late in a run would make steps six times too large.
+
+    Args:
+        core: The parameter; its data may have the new shape already.
+        rows: Ûᵀ U, (k, r).
+        columns: Vᵀ V̂, (r, k).
+    """
+    kept = optimizer.state.get(core)
+    if not kept:
+        return
+    if not _has_only_moments(kept, rows.new_empty(rows.shape[1], columns.shape[0])):
+        del optimizer.state[core]  # no meaning in other bases: it starts anew
+        return
+    moments = [key for key in kept if key in MOMENTS and torch.is_tensor(kept[key])]
+    for key in moments:
+        kept[key] = dlrt.transported(kept[key], rows, columns, MOMENTS[key])
+    group = next(group for group in optimizer.param_groups if any(p is core for p in group["params"]))
+    if not {"step", "exp_avg"} <= kept.keys() or "betas" not in group:
+        return
+    count, betas = int(kept["step"]), group["betas"]
+    fewer = min(count, _REMEMBERED) if rows.shape[0] > rows.shape[1] else count
+    for key in moments:
+        beta = betas[MOMENTS[key] - 1]
+        kept[key].mul_((1 - beta**fewer) / (1 - beta**count))
+    kept["step"] = torch.full_like(kept["step"], fewer) if torch.is_tensor(kept["step"]) else fewer
+    means = kept["exp_avg"].square() / (1 - betas[0] ** fewer) ** 2
+    for key in (key for key in moments if MOMENTS[key] == 2):
+        torch.maximum(kept[key], means * (1 - betas[1] ** fewer), out=kept[key])
 
 
 def _sources(moves: Sequence[tuple[Before, Factorization]]) -> dict[nn.Parameter, list[nn.Parameter]]:

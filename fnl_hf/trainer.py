@@ -13,7 +13,7 @@ from .factorization import factorizations
 from .layers import hidden_matrices
 from .loss import LabelCount, labels_of
 from .optim import NAG, Lamb
-from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, Rule
+from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, RankAdaptation, Rule
 from .saving import own_names
 from .spectron import Spectron
 from .training_arguments import FNLArguments
@@ -84,13 +84,21 @@ class FNLTrainerMixin(WarmStartMixin):
         decay = next((rule for rule in self.rules if isinstance(rule, FrobeniusDecay)), None)
         own = [] if decay else [decay := FrobeniusDecay()]
         self._decay, self._losses = decay, LossSoFar()
-        self.callback_handler.callbacks[:0] = [LogFactorizations(decay), *own, self._losses]
+        # First of all what gives the factors of this step: the others measure and decay these.
+        adapting = [RankAdaptation()] if self.args.rank_adaptation is not None else []
+        self.callback_handler.callbacks[:0] = [*adapting, LogFactorizations(decay), *own, self._losses]
         _ = self.rules  # binds them
 
     def add_callback(self, callback):
         """As in `Trainer`; a rule is bound, and attached if there is an optimizer."""
         super().add_callback(callback)
         _ = self.rules
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`; rules prepare the model before anything is made for it."""
+        for rule in self.rules:
+            rule.prepare()
+        return super().train(*args, **kwargs)
 
     @property
     def frobenius_coefficient(self) -> float:
@@ -165,6 +173,8 @@ class FNLTrainerMixin(WarmStartMixin):
         """
         if "train_loss" in logs:
             logs["train_loss"] = self._losses.mean()  # in place: these are also the metrics that `train` returns
+            for rule in self.rules:
+                logs.update(rule.results())
         if "loss" in logs:
             check_finite(self.model, self.state.global_step)
             for rule in self.rules:
@@ -239,6 +249,18 @@ class FNLTrainerMixin(WarmStartMixin):
         return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
     # -- checkpoints ------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As in `Trainer`; rules prepare the model for the checkpoint."""
+        for rule in self.rules:
+            rule.before_load(resume_from_checkpoint)
+        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        """As in `Trainer`; rules prepare the model for the checkpoint."""
+        for rule in self.rules:
+            rule.before_load(self.state.best_model_checkpoint)
+        return super()._load_best_model()
 
     def _finalize_training(self, *args, **kwargs):
         """As in `Trainer`, which divides by the steps of this call; see `log`."""

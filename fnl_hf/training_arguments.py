@@ -1,4 +1,4 @@
-"""`FNLTrainingArguments`: those of transformers, and those of decay, the two optimizers and the warm start."""
+"""`FNLTrainingArguments`: those of transformers, and those of decay, our optimizers, the warm start and ranks."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from .warm_start import parse_switch
 
 _MODES = ("auto", "coupled", "decoupled")
 _OPTIMIZERS = ("lamb", "nag", "spectron")
+_ADAPTATIONS = ("dlrt", "tdlrt")
 
 
 @dataclass
@@ -48,12 +49,24 @@ class FNLArguments:
             model's own, from labels. At 1 no labels are needed.
         distillation_temperature (`float`, defaults to 1):
             Of the teacher's and the student's logits, before they become probabilities.
+        rank_adaptation (`str`, *optional*):
+            `"dlrt"`: layers of factors are trained as U S Vᵀ whose rank adapts (Schotthöfer et al., NeurIPS 2022 and
+            arXiv 2505.08022). Every `rank_interval` steps the orthonormal U and V grow by the gradient's directions, up
+            to twice the rank; S is trained; its singular values settle the rank. `fnl_hf.fix_ranks(model)` makes
+            ordinary factorized layers of the result.
+        rank_tolerance (`float`, defaults to 0.1):
+            What the singular values that are cut off may be together, as a share of the norm of all.
+        rank_interval (`int`, defaults to 100):
+            Optimizer steps between two changes of the rank. 1: every step changes it.
+        rank_min (`int`, defaults to 2), rank_max (`int`, *optional*):
+            Bounds of the rank of every layer after a cut. Not given: half of what the layer's matrix can have.
         log_factorizations (`bool`, defaults to `True`):
             Log norms, effective rank and balance of the factorizations beside the loss.
 
     Raises:
-        ValueError: An argument is none of what it may be, a coefficient negative or not finite, or the switch would
-            come after the run.
+        ValueError: An argument is none of what it may be, a coefficient negative or not finite, the switch would come
+            after the run, or two arguments exclude each other.
+        NotImplementedError: ``rank_adaptation="tdlrt"``, which is not built yet.
     """
 
     # Frobenius decay
@@ -127,6 +140,29 @@ class FNLArguments:
         metadata={"help": "Of the teacher's and the student's logits, before they become probabilities."},
     )
 
+    # Rank adaptation
+    rank_adaptation: str | None = field(
+        default=None,
+        metadata={
+            "help": "dlrt: layers of factors are trained as U S V^T whose rank adapts: every --rank_interval steps U "
+            "and V grow by the gradient's directions, S is trained, and its singular values settle the rank. none: "
+            "ranks stay as they are.",
+            "choices": (*_ADAPTATIONS, "none"),
+        },
+    )
+    rank_tolerance: float = field(
+        default=0.1,
+        metadata={"help": "What may be cut off of a layer, as a share of its norm, when its rank is settled."},
+    )
+    rank_interval: int = field(
+        default=100, metadata={"help": "Optimizer steps between two changes of the rank. 1: every step changes it."}
+    )
+    rank_min: int = field(default=2, metadata={"help": "Lowest rank of a layer, where its matrix can have that."})
+    rank_max: int | None = field(
+        default=None,
+        metadata={"help": "Highest rank of a layer after a cut. Not given: half of what its matrix can have."},
+    )
+
     # Logging
     log_factorizations: bool = field(
         default=True,
@@ -166,15 +202,50 @@ class FNLArguments:
                 f"fnl_optim is 'spectron', which steps what is no hidden matrix by AdamW, but optim is "
                 f"{str(getattr(self.optim, 'value', self.optim))!r}: leave it at 'adamw_torch_fused' or 'adamw_torch'"
             )
+        self._check_ranks()
         if self.frobenius_decay is not None:
             check_coefficient(self.frobenius_decay, "frobenius_decay")
         for name, known in (
             ("frobenius_decay_mode", _MODES),
             ("frobenius_decay_schedule", tuple(SCHEDULES)),
             ("fnl_optim", (None, *_OPTIMIZERS)),
+            ("rank_adaptation", (None, *_ADAPTATIONS)),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
+
+    def _check_ranks(self) -> None:
+        if self.rank_adaptation == "none":
+            self.rank_adaptation = None
+        if self.rank_adaptation == "tdlrt":
+            raise NotImplementedError(
+                "rank_adaptation='tdlrt' (ranks of Tucker factors) is not built yet: use 'dlrt', which adapts the "
+                "ranks of matrices, those of convolutions too"
+            )
+        bounds = {"rank_tolerance": 0.1, "rank_interval": 100, "rank_min": 2, "rank_max": None}
+        for name, default in bounds.items():
+            value = getattr(self, name)
+            if self.rank_adaptation is None and value != default:
+                raise ValueError(
+                    f"{name} is {value!r}, but rank_adaptation is None: set rank_adaptation='dlrt' too, or leave it out"
+                )
+            if name == "rank_tolerance":
+                if not 0 <= value < 1:
+                    raise ValueError(f"rank_tolerance is {value!r}, expected at least 0 and below 1: a share of a norm")
+            elif value != default and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}, expected an int of at least 1")
+        if self.rank_max is not None and self.rank_max < self.rank_min:
+            raise ValueError(f"rank_max is {self.rank_max}, below rank_min {self.rank_min}: swap or widen them")
+        if self.rank_adaptation is not None:
+            for name, value, why in (
+                ("factorize_at", self.factorize_at, "factorize before training (fnl_hf.factorize)"),
+                ("fnl_optim", self.fnl_optim if self.fnl_optim == "spectron" else None, "its steps are of two factors"),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"rank_adaptation={self.rank_adaptation!r} does not work with {name}={value!r}: leave out one "
+                        f"of them ({why})"
+                    )
 
 
 @dataclass

@@ -15,6 +15,11 @@ A quarter of the run dense, then heads of half their rank:
 
     python scripts/run_translation.py --head_rank 0.5 --factorize_at 0.25 --output_dir runs/warm
 
+Linear layers whose ranks follow their singular values:
+
+    python scripts/run_translation.py --attention none --target_modules all-linear --rank 0.25 --rank_adaptation dlrt \\
+        --output_dir runs/dlrt
+
 Your own corpus, JSON lines such as {"translation": {"de": "...", "en": "..."}}, or pairs of text files (.gz, .xz too);
 it is tokenized once, in bounded memory, into `prepared` beside the output directory:
 

@@ -39,6 +39,7 @@ FLOORS = [
         "inference",
         "checking",
         "optimizer_state",
+        "ranks",
         "optim",
         "spectron",
         "decay",

@@ -120,8 +120,8 @@ def imbalance(grams: Grams) -> Tensor:
     return norm(left - right) / (norm(left) + norm(right)).clamp_min(torch.finfo(left.dtype).tiny)
 
 
-def stiffness(grams: Grams, exact: bool = False) -> Tensor:
-    """(n − 1) max ‖P_i‖₂ ‖S_i‖₂ of n factors (1 of a single one), a scalar; unless exact, an upper bound by traces.
+def stiffness(grams: Grams, exact: bool = False, moving: Sequence[bool] | None = None) -> Tensor:
+    """(n − 1) max ‖P_i‖₂ ‖S_i‖₂ over the n factors that move (1 of a single matrix), a scalar; unless exact, a bound.
 
     ‖P_i‖₂ ‖S_i‖₂ is how much larger than its factor a decay gradient can be. A decoupled step with rate · stiffness < 1
     does not raise the norm of the product. In a longer chain the steps of all factors compound: without n − 1 the
@@ -129,10 +129,10 @@ def stiffness(grams: Grams, exact: bool = False) -> Tensor:
     """
     if len(grams) == 1:  # the gradient is the factor
         return torch.ones(())
-    norm = _largest_eigenvalue if exact else _trace
-    sizes = [reduce(torch.mul, [norm(gram).max() for gram in pair if gram is not None]) for pair in grams]
-    largest = torch.stack(sizes).max()
-    return largest if len(grams) == 2 else largest * (len(grams) - 1)
+    norm = _largest_eigenvalue if exact else lambda gram: torch.minimum(_trace(gram), gram.abs().sum(-1).amax(-1))
+    moved = [pair for pair, moves in zip(grams, moving or [True] * len(grams), strict=True) if moves]
+    sizes = [reduce(torch.mul, [norm(gram).max() for gram in pair if gram is not None]) for pair in moved]
+    return torch.stack(sizes).max() * max(1, len(moved) - 1)
 
 
 def singular_values(factors: Sequence[Tensor]) -> Tensor:

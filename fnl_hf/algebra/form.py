@@ -106,7 +106,7 @@ class Form(Protocol):
         """
         ...
 
-    def stiffness(self, grams: Any, exact: bool = False) -> Tensor:
+    def stiffness(self, grams: Any, exact: bool = False, moving: Sequence[bool] | None = None) -> Tensor:
         """What rate · stiffness < 1 keeps a decoupled decay step from overshooting, a scalar, or a cheap upper bound.
 
         At least the largest ratio of a decay gradient's norm to its factor's, so that such a step enlarges no factor.
@@ -114,6 +114,7 @@ class Form(Protocol):
 
         Args:
             exact: Take eigenvalues, where the bound takes traces.
+            moving: Which of the factors the step moves, at least one; all if not given. May be ignored: that is safe.
         """
         ...
 

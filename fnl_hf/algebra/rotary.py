@@ -99,7 +99,7 @@ def imbalance(grams: Grams) -> Tensor:
     return (rotated * of_planes + others * chain.imbalance(of_rest)) / (rotated + others)
 
 
-def stiffness(grams: Grams, exact: bool = False) -> Tensor:
+def stiffness(grams: Grams, exact: bool = False, moving: Sequence[bool] | None = None) -> Tensor:
     """How much larger than its factor a decay gradient can be, a scalar; unless exact, a bound."""
     of_queries, of_keys, of_rest = grams
     planes = torch.maximum(of_queries.max(), of_keys.max()) / 2

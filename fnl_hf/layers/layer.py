@@ -7,7 +7,8 @@ attribute ``weight`` is the product (`ComposedWeight`).
 
 import copy
 from collections.abc import Iterator
-from typing import ClassVar, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from ..algebra import chain
 from ..factorization import Declares, Factorization, FactorLeaf, View
 from ..leaves import shell
 from .composed import ComposedWeight
+
+if TYPE_CHECKING:
+    from ..plan import Target
 
 # Of a dense product's cost: factor by factor must save this much before evaluation prefers it to the composed weight,
 # since two thin products run at a lower rate than one.
@@ -59,8 +63,8 @@ class FactorizedLayer(Declares, FactorLeaf):
 
     def _make_factors(self, like: Tensor, rank: int, deep: bool) -> None:
         """Uninitialised parameters of the rank, of the type and on the device of the dense weight ``like``."""
-        (rows, columns), options = self.matrix_shape, {"dtype": like.dtype, "device": like.device}
-        left = (rows, rank, 1) if (rows, rank) == tuple(like.shape) else (rows, rank)
+        columns, options = self.matrix_shape[1], {"dtype": like.dtype, "device": like.device}
+        left = self._left_shape(rank, tuple(like.shape))
         self._parameters["weight"] = nn.Parameter(torch.empty(left, **options))
         self.middle = nn.Parameter(torch.empty(rank, rank, **options)) if deep else None
         self.right = nn.Parameter(torch.empty(columns, rank, **options))
@@ -109,6 +113,29 @@ class FactorizedLayer(Declares, FactorLeaf):
         weight = self._parameters["weight"]
         return weight if weight.dim() == 2 else weight.squeeze(-1)  # not [..., 0], whose backward fills a new tensor
 
+    def _left_shape(self, rank: int, dense: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the parameter that holds U: one that does not fit where the dense weight lies."""
+        rows = self.matrix_shape[0]
+        return (rows, rank, 1) if (rows, rank) == dense else (rows, rank)
+
+    @torch.no_grad()
+    def set_factors(self, left: Tensor, middle: Tensor | None, right: Tensor) -> None:
+        """Other factors, of any rank, in the place of those that there are: U (m, r), M (r, r) or None, V (n, r).
+
+        The parameters stay the same objects with other data, so that optimizers and layers that are tied hold them
+        still; their gradients are dropped. A layer gets or loses its M: then tied layers must be given it too.
+        """
+        vars(self).pop("_composed", None)
+        weight, inner, other = (self._parameters.get(name) for name in self.factors)
+        for parameter in (weight, other):
+            parameter.grad = None
+        weight.data = left.reshape(self._left_shape(left.shape[-1], tuple(self.dense_shape))).contiguous()
+        other.data = right.contiguous()
+        if inner is None or middle is None:
+            self.middle = None if middle is None else nn.Parameter(middle, requires_grad=other.requires_grad)
+        else:
+            inner.grad, inner.data = None, middle.contiguous()
+
     def composed(self) -> Tensor:
         """The weight of the ordinary layer, with its gradient."""
         left = self.left if self.middle is None else self.left @ self.middle
@@ -148,11 +175,19 @@ class FactorizedLayer(Declares, FactorLeaf):
         """
         if other.matrix_shape[1] != self.matrix_shape[1]:
             raise ValueError(f"a {self.matrix_shape} matrix cannot be tied to one of {other.matrix_shape}")
+        vars(self).pop("_composed", None)
         for name in self.factors:
+            vars(self).pop(name, None)  # the M that it does not have
             self._parameters[name] = other._parameters.get(name)
         for name in ("num_embeddings", "out_features"):
             if name in vars(self):
                 setattr(self, name, self.matrix_shape[0])
+
+    def target(self, name: str) -> "Target | None":
+        """Of the rank that it has today, and with the M that it has."""
+        target, held = super().target(name), {"rank": self.rank, "deep": self.middle is not None}
+        changed = {field: value for field, value in held.items() if getattr(target, field, value) != value}
+        return replace(target, **changed) if changed else target
 
     def factorization(self, name: str, parent: nn.Module) -> Factorization:
         views = [View(self._parameters["weight"], _rows, -2)]
@@ -186,7 +221,9 @@ class FactorizedLayer(Declares, FactorLeaf):
                 composing it. A backward costs twice each.
         """
         if self._trains() or _is_recorded():  # a graph keeps nothing from one call to the next
-            return self.composed() if factored > dense + compose else None
+            # Frozen bases of a core that trains get no gradient, which is a third of the work; a dense weight must
+            worth = 1.0 if self.middle is None or self.right.requires_grad else 1.5
+            return self.composed() if factored > worth * (dense + compose) else None
         return None if factored < WORTH_TWO_CALLS * dense else self._kept("composed")
 
     def _trains(self) -> bool:

@@ -15,6 +15,9 @@ class Run(Protocol):
     args: TrainingArguments
     state: TrainerState
     accelerator: Accelerator
+    model_init: object | None  # what makes the model anew for every call of ``train``
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     waits_for_switch: bool  # the model is still dense: it is factorized in the middle of the run
 
 
@@ -35,6 +38,12 @@ class Rule(TrainerCallback):
     def bind(self, run: Run) -> None:
         """Once, when the rule joins a trainer."""
         self.run = run
+
+    def prepare(self) -> None:
+        """At the start of ``train``: the model is whole, and neither wrapped nor in an optimizer of this run."""
+
+    def before_load(self, checkpoint: str) -> None:
+        """The weights of a checkpoint are about to be read into the model, to resume from it or as the best one."""
 
     def attach(self, optimizer: Optimizer) -> None:
         """Once for every optimizer that is made, before its first step; the raw one, without accelerate's wrapper.
@@ -60,6 +69,10 @@ class Rule(TrainerCallback):
 
     def logs(self) -> dict[str, float]:
         """What joins the loss in the log; asked whenever a loss is logged."""
+        return {}
+
+    def results(self) -> dict[str, float]:
+        """What joins the metrics that ``train`` returns."""
         return {}
 
     def on_train_begin(self, args, state, control, **kwargs):

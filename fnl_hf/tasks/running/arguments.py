@@ -144,7 +144,7 @@ def parse(
     if words and words[0].endswith((".json", ".yaml", ".yml")):
         words = [*_words_of_file(words[0], {each.name: each for kind in types for each in fields(kind)}), *words[1:]]
     given = _given(types, words)
-    with one_line_errors(ValueError, TypeError, ImportError):
+    with one_line_errors(ValueError, TypeError, ImportError, NotImplementedError):
         *objects, unknown = parser.parse_args_into_dataclasses(
             [*low_rank_words(given), *words], return_remaining_strings=True
         )

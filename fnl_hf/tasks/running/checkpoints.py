@@ -123,14 +123,15 @@ def is_finished(checkpoint: Path, max_steps: int, patience: int | None = None) -
     return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
 
 
-def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool = False) -> None:
+def check_same_model(config: PreTrainedConfig, checkpoint: Path, switches: bool = False, adapts: bool = False) -> None:
     """Raises `InputError` if `checkpoint` holds another model than the one that is to go on from it.
 
     Args:
         switches: the run makes a dense model a factorized one on its way: a checkpoint may hold either.
+        adapts: the run changes the ranks of layers on its way: a checkpoint may hold others.
     """
-    given = _as_written_today(json.loads(config.to_json_string(use_diff=False)))
-    stored = _as_written_today(_config(checkpoint))
+    given = _as_written_today(json.loads(config.to_json_string(use_diff=False)), adapts)
+    stored = _as_written_today(_config(checkpoint), adapts)
     kinds = ["factorized" if "quantization_config" in each else "dense" for each in (stored, given)]
     if kinds[0] != kinds[1] and not switches:
         raise InputError(
@@ -160,12 +161,17 @@ def _differences(stored: dict, given: dict) -> Iterator[tuple[str, Any, Any]]:
             yield name, *pair
 
 
-def _as_written_today(config: dict) -> dict:
-    """A model's config with its plan as this version stores it: an older format of the same plan is no difference."""
+def _as_written_today(config: dict, adapts: bool) -> dict:
+    """A model's config with its plan as this version stores it: an older format of the same plan is no difference.
+
+    Where ranks adapt, neither are those, nor the core that the layers have meanwhile.
+    """
     stored = config.get("quantization_config")
     if not stored or stored.get("quant_method") != "fnl":
         return config
     plan = Plan.of(FNLConfig.from_dict(stored)).to_dict()
+    if adapts:
+        plan["targets"] = [{k: v for k, v in each.items() if k not in ("rank", "deep")} for each in plan["targets"]]
     return config | {"quantization_config": stored | {"plan": plan, "format_version": None}}
 
 

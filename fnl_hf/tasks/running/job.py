@@ -237,7 +237,8 @@ class Job:
             has = f"has {', '.join(sorted(kinds))}" if kinds else "is dense"
             raise InputError(f"--frobenius_decay_kinds {unknown[0]}: the model {has}. Give kinds that it has, or none.")
         if self.checkpoint is not None:
-            check_same_model(model.config, self.checkpoint, switches=bool(args.factorize_at))
+            adapts = args.rank_adaptation is not None
+            check_same_model(model.config, self.checkpoint, switches=bool(args.factorize_at), adapts=adapts)
 
     def make_trainer(self, trainer_class: type[Trainer], **options) -> Trainer:
         """The trainer, with what `factorize_at` makes of a dense model.

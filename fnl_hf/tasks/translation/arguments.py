@@ -167,7 +167,9 @@ class TranslationArguments(RunArguments, FNLSeq2SeqTrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Sentences of an evaluation batch."})
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int = field(default=5, metadata={"help": "Checkpoints to keep."})
-    average_checkpoints: int = field(default=5, metadata={"help": "Evaluate the mean of the last ones; 1: the last."})
+    average_checkpoints: int = field(
+        default=5, metadata={"help": "Evaluate the mean of the last ones; 1: the last, as with --rank_adaptation."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model."},
@@ -207,6 +209,13 @@ def parse_arguments(description: str) -> tuple[ModelArguments, DataArguments, Tr
         check_unused(model_args.given, sizes, "the checkpoint has its own. Leave it out")
     elif args.fnl_optim == "spectron" and "learning_rate" not in model_args.given:
         args.learning_rate = SPECTRON_LR
+    if args.rank_adaptation is not None:
+        if args.average_checkpoints > 1 and "average_checkpoints" in model_args.given:
+            raise InputError(
+                f"--average_checkpoints {args.average_checkpoints} with --rank_adaptation: the bases of the factors "
+                "change on the way, and so do their shapes. Leave it out, or give 1."
+            )
+        args.average_checkpoints = 1
     if args.save_total_limit and args.average_checkpoints > args.save_total_limit:
         raise InputError(
             f"--average_checkpoints {args.average_checkpoints} of the {args.save_total_limit} that are kept. Raise "
