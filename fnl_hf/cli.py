@@ -105,6 +105,7 @@ def _factorize(options: argparse.Namespace) -> None:
         exclude_modules=_modules(options.exclude_modules),
         init=options.init,
         calibration_inputs=options.calibration_inputs,
+        calibration_outputs=options.calibration_outputs,
         calibrated_on=_words_for(options),
     )
     refuse_existing(options.out)
@@ -264,6 +265,11 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration_inputs", default="dense", choices=("dense", "compressed"),
         help="""inputs of each product: as the dense model gives them (default), or as what stands before it will once
         it is compressed (takes longer)""",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration_outputs", choices=("alike", "loss"),
+        help="""how errors of what a product puts out count: alike, or by how much the model's outputs depend on them;
+        not given: as --rank_allocation goes by them""",
     )  # fmt: skip
     command.add_argument(
         "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",

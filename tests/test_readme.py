@@ -17,7 +17,7 @@ KEYS = ("products", "by default")  # of a row of the survey: proven, and of thes
 
 def test_the_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
