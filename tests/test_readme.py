@@ -153,7 +153,9 @@ def rows_of_translation(name):
             yield f"| {variant} | {found['parameters']:,} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("name", ["low_rank_translation", "spectron_translation", "spectron_decay"])
+@pytest.mark.parametrize(
+    "name", ["low_rank_translation", "spectron_translation", "spectron_long", "spectron_width", "spectron_decay"]
+)
 def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
     text = (RESULTS / "README.md").read_text()
     rows = list(rows_of_translation(f"{name}_cpu.json"))
