@@ -84,8 +84,7 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
+        (transformers.logging.enable_progress_bar if bars else transformers.logging.disable_progress_bar)()
 
 
 # -- commands ----------------------------------------------------------------------------------------
@@ -142,6 +141,7 @@ def _compress(options: argparse.Namespace) -> None:
         raise ValueError(f"--teach {options.teach}: expected a number of steps, or 0 for none")
     dense = load_model(options.dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.dir)
+    transformers.logging.enable_progress_bar()  # of what takes long; `main` puts it back
     batches = text_batches(options.calibration, tokenizer, dense, options.calibration_samples)
     model = factorize(copy.deepcopy(dense), config, calibration=batches)
     taught = None

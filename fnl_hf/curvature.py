@@ -58,7 +58,7 @@ def curvatures(
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluated(model))
         stack.enter_context(_with_graph(model))
-        for batch in checked(model, batches):
+        for batch in checked(model, batches, "curvature"):
             masks, seen = list(masks_of(model, batch)), []
             with _recorded(model, moments.values(), seen):
                 probe = teacher.probe(model(**batch), batch, generator)

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .algebra.tensors import accumulating
 from .algebra.weighted import shrunk
+from .messages import progress
 from .plan import Activation, Target
 
 UNSEEN = 0.1  # of a row that no batch looks up: how often it counts
@@ -116,7 +117,7 @@ def moments(
             take = partial(moment.add, masks=masks)  # filled anew for every batch
             stack.callback(moment.hook(model, take).remove)
         stack.enter_context(evaluated(model))
-        for batch in checked(model, batches):
+        for batch in checked(model, batches, "moments of inputs"):
             masks[:] = masks_of(model, batch)
             model(**batch)
     found = {
@@ -128,14 +129,16 @@ def moments(
     return found
 
 
-def checked(model: nn.Module, batches: Iterable[Mapping[str, object]]) -> Iterator[dict[str, object]]:
-    """The batches with their tensors on the model's device.
+def checked(
+    model: nn.Module, batches: Iterable[Mapping[str, object]], what: str = "batches"
+) -> Iterator[dict[str, object]]:
+    """The batches with their tensors on the model's device, and a bar that says ``what`` is done.
 
     Raises:
         TypeError, ValueError: A batch is no dict; there is none.
     """
     device, empty = next((parameter.device for parameter in model.parameters()), None), True
-    for batch in batches:
+    for batch in progress(batches, what):
         empty = False
         if not isinstance(batch, Mapping):
             one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
