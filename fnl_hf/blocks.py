@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .moments import evaluated
+from .outputs import without_cache
 
 Batch = Mapping[str, object]
 
@@ -93,7 +94,7 @@ def calls_of(model: nn.Module, names: Sequence[str], batch: Batch) -> Calls | No
         if len(called) == len(names):
             raise _Stop
 
-    with contextlib.ExitStack() as stack, torch.no_grad(), evaluated(model), _without_cache(model):
+    with contextlib.ExitStack() as stack, torch.no_grad(), evaluated(model), without_cache(model):
         for name in names:
             module = model.get_submodule(name)
             stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
@@ -129,7 +130,7 @@ def _walks(model: nn.Module, names: Sequence[str], batch: Batch) -> bool:
     last: list[Tensor] = []
     handle = model.get_submodule(names[-1]).register_forward_hook(lambda m, args, output: last.append(_first(output)))
     try:
-        with torch.no_grad(), evaluated(model), _without_cache(model):
+        with torch.no_grad(), evaluated(model), without_cache(model):
             model(**batch)
             once = len(last) == 1
             for index in range(len(names)):
@@ -150,20 +151,6 @@ def _order(model: nn.Module, names: Iterable[str], batch: Batch) -> list[str]:
             stack.callback(hook.remove)
         model(**batch)
     return called
-
-
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Within, no forward keeps keys and values: a block that is called again would append to them again."""
-    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
-    before = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    for config, _ in before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, kept in before:
-            config.use_cache = kept
 
 
 def _first(output: object) -> Tensor:

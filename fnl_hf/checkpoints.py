@@ -59,21 +59,27 @@ def write_checkpoint(model: transformers.PreTrainedModel, source: Path, out: Pat
     Returns:
         Folders of the source that were not carried along: they hold weights or logs of their own.
     """
-    left = []
     with written_whole(out) as folder:
         model.save_pretrained(folder)
-        for path in sorted(source.iterdir()):
-            target = folder / path.name
-            if path.is_file() and not target.exists() and not re.fullmatch(NOT_CARRIED, path.name):
-                shutil.copy2(path, target)
-            if path.is_dir() and not path.is_symlink() and not re.fullmatch(CODE, path.name):
-                if any(re.fullmatch(f"{WEIGHTS}|{LOGS}", inside.name) for inside in path.rglob("*")):
-                    left.append(path.name)
-                elif not target.exists():
-                    shutil.copytree(path, target, ignore=_not_carried)
+        left = carry(source, folder)
         card = _card(model, source / "README.md", out.name)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
+    return left
+
+
+def carry(source: Path, folder: Path) -> list[str]:
+    """Copy what lies beside a model, and is not there yet: tokenizer, generation, pooling; returns what has weights."""
+    left = []
+    for path in sorted(source.iterdir()):
+        target = folder / path.name
+        if path.is_file() and not target.exists() and not re.fullmatch(NOT_CARRIED, path.name):
+            shutil.copy2(path, target)
+        if path.is_dir() and not path.is_symlink() and not re.fullmatch(CODE, path.name):
+            if any(re.fullmatch(f"{WEIGHTS}|{LOGS}", inside.name) for inside in path.rglob("*")):
+                left.append(path.name)
+            elif not target.exists():
+                shutil.copytree(path, target, ignore=_not_carried)
     return left
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import transformers
 from safetensors import SafetensorError
 
+from .attachment import attached
 from .checkpoints import load_model, refuse_existing, write_checkpoint
 from .config import (
     ALLOCATIONS,
@@ -105,7 +106,6 @@ def _factorize(options: argparse.Namespace) -> None:
         init=options.init,
         calibration_inputs=options.calibration_inputs,
         calibration_outputs=options.calibration_outputs,
-        calibrated_on=_words_for(options),
     )
     refuse_existing(options.out)
     _check_calibration(options)
@@ -114,14 +114,15 @@ def _factorize(options: argparse.Namespace) -> None:
     if options.calibration:
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.dir)
         batches = text_batches(options.calibration, tokenizer, model, options.calibration_samples)
+        config.calibrated_on = _words_for(options, batches)
     model = factorize(model, config, calibration=batches)
     _write(model, options)
     print(summary(model).headline())
 
 
-def _words_for(options: argparse.Namespace) -> str | None:
-    """What the config says of the texts: their file's name, and how many of its lines."""
-    return f"{options.calibration_samples} lines of {options.calibration.name}" if options.calibration else None
+def _words_for(options: argparse.Namespace, batches: list[dict]) -> str:
+    """What the config says of the texts: their file's name, and how many of them."""
+    return f"{sum(len(batch['input_ids']) for batch in batches)} texts of {options.calibration.name}"
 
 
 def _compress(options: argparse.Namespace) -> None:
@@ -132,7 +133,6 @@ def _compress(options: argparse.Namespace) -> None:
         target_ratio=options.target_ratio,
         rank_allocation=options.rank_allocation,
         init="activation",
-        calibrated_on=_words_for(options),
     )
     options.init = config.init
     refuse_existing(options.out)
@@ -140,16 +140,21 @@ def _compress(options: argparse.Namespace) -> None:
     if options.teach < 0:
         raise ValueError(f"--teach {options.teach}: expected a number of steps, or 0 for none")
     dense = load_model(options.dir)
+    if attached(dense):
+        raise ValueError(
+            f"{options.dir} is factorized already: fnl-hf to-dense {options.dir} DENSE makes it dense first"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.dir)
     transformers.logging.enable_progress_bar()  # of what takes long; `main` puts it back
     batches = text_batches(options.calibration, tokenizer, dense, options.calibration_samples)
+    config.calibrated_on = _words_for(options, batches)
     model = factorize(copy.deepcopy(dense), config, calibration=batches)
     taught = None
     if options.teach:
         taught = copy.deepcopy(model)
         teach(taught, dense, encoded_texts(options.calibration, tokenizer, dense), tokenizer, options.teach)
-    _write(taught or model, options)
     found = report(dense, model, batches, taught)
+    _write(taught if found.learned() else model, options)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
@@ -159,6 +164,8 @@ def _check_calibration(options: argparse.Namespace) -> None:
         raise ValueError(f"--init {options.init} looks at data: give --calibration FILE, with a text in each line")
     if options.calibration is not None and options.init not in takes:
         raise ValueError(f"--calibration is for --init {' or '.join(sorted(takes))}, not {options.init}: drop it")
+    if options.calibration is not None and options.calibration.is_dir():
+        raise ValueError(f"--calibration {options.calibration} is a folder: give a file in it")
     if options.calibration is not None and not options.calibration.is_file():
         raise ValueError(f"--calibration {options.calibration}: no such file")
     if options.calibration_samples < 1:

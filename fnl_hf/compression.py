@@ -15,14 +15,14 @@ from .attachment import attached
 from .distillation import Teacher
 from .factorization import Factorization, declared, overwrite
 from .messages import aligned
-from .moments import checked, evaluated
+from .moments import evaluated, on_device
 from .plan import Plan, Target
 from .texts import TextCollator
 from .trainer import FNLTrainer
 from .training_arguments import FNLTrainingArguments
 
 LOOKS, ROWS = 4, 8  # batches that errors are measured on, and texts of each
-TAUGHT_BATCH, TAUGHT_RATE = 32, 5e-4
+TAUGHT_BATCH, TAUGHT_RATE, WARMUP = 32, 1e-4, 20
 ROUNDS = 5  # of timing
 
 
@@ -62,6 +62,10 @@ class Report:
     taught: float | None
     speeds: list[tuple[int, float, float]]
 
+    def learned(self) -> bool:
+        """Whether it is nearer to the dense model than before it learned from that."""
+        return self.taught is not None and self.taught < self.error
+
     def to_dict(self) -> dict:
         """JSON-ready."""
         return asdict(self)
@@ -86,12 +90,15 @@ class Report:
             for batch, dense, small in self.speeds
         ]
         if self.taught is not None:
-            lines.append(f"error after learning from the dense model: {_figure(self.taught)}")
+            kept = "" if self.learned() else ": worse, so what it has learned is left out"
+            lines.append(f"error after learning from the dense model: {_figure(self.taught)}{kept}")
         return "\n".join([*lines, f"next: {self._advice()}"])
 
     def _advice(self) -> str:
         if self.taught is None:
             return "--teach 500 lets it learn from the dense model on the same texts, which wins back most of the loss"
+        if not self.learned():
+            return "more steps: few of them only disturb it"
         if self.taught > 0.5 * self.error:
             return "more steps or more texts of the kind that it will see, or a larger --target_ratio"
         return (
@@ -113,7 +120,7 @@ def report(
         taught: the same model after it learned from the dense one.
     """
     looks = [_some_rows(batch, ROWS) for batch in batches[:: max(1, len(batches) // LOOKS)][:LOOKS]]
-    looks = list(checked(dense, looks))
+    looks = [on_device(dense, batch) for batch in looks]
     teacher = Teacher(dense)
     wanted = [teacher.outputs(batch) for batch in looks]
 
@@ -173,7 +180,7 @@ def teach(
             per_device_train_batch_size=TAUGHT_BATCH,
             learning_rate=TAUGHT_RATE,
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,
+            warmup_steps=max(WARMUP, 0.1 * steps),
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
             label_names=[],
@@ -250,7 +257,7 @@ def _speeds(
 ) -> tuple[float, float]:
     """Texts per second of both, the best of interleaved rounds: other jobs only ever slow them down."""
     middle = dict(batches[len(batches) // 2])
-    one = next(checked(dense, [_repeated(middle, rows)]))
+    one = on_device(dense, _repeated(middle, rows))
     best = [float("inf")] * 2
     with evaluated(dense), evaluated(compressed):
         for _ in range(ROUNDS):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .distillation import Teacher
-from .moments import Moment, checked, evaluated, masks_of, plus
+from .moments import Moment, checked, evaluated, masks_of, plus, run
 from .plan import Target
 
 WIDE = 4096  # features, of which all pairs would take more than 128 MiB
@@ -61,7 +61,7 @@ def curvatures(
         for batch in checked(model, batches, "curvature"):
             masks, seen = list(masks_of(model, batch)), []
             with _recorded(model, moments.values(), seen):
-                probe = teacher.probe(model(**batch), batch, generator)
+                probe = teacher.probe(run(model, batch), batch, generator)
             gradients = torch.autograd.grad(probe, [value for *_, value in seen], allow_unused=True)
             for (moment, module, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:

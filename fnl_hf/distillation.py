@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .outputs import evaluating
+
 HIDDEN = "last_hidden_state"
+ANSWERS = ("start_logits", "end_logits")  # distributions over positions
 LOGITS_OF_POSITIONS = ("logits", "prediction_logits")
 LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
 IGNORED = -100
@@ -23,7 +26,7 @@ class Teacher:
     """A model that is learned from, and how its outputs are compared with a student's.
 
     Args:
-        model: It is put on the student's device and into evaluation mode; it gets no gradients.
+        model: It is put on the student's device, runs in evaluation mode, and gets no gradients.
         temperature: Divides logits before they become probabilities; the loss is scaled by its square.
         context: Makes what its forward runs in, such as autocast.
     """
@@ -34,10 +37,11 @@ class Teacher:
         temperature: float = 1.0,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.model, self.temperature, self._context = model.eval(), temperature, context
+        self.model, self.temperature, self._context = model, temperature, context
         config = getattr(model, "config", None)
         self._translates = bool(getattr(config, "is_encoder_decoder", False))
-        self._regresses = getattr(config, "problem_type", None) == "regression"
+        self._problem = getattr(config, "problem_type", None)
+        self._detects = type(model).__name__.endswith("ForPreTraining")  # ELECTRA: of each token a yes or no
         self._rows: bool | None = None  # whether what is compared is one thing of each row
 
     @torch.no_grad()
@@ -48,8 +52,7 @@ class Teacher:
             ValueError: It puts out neither logits nor hidden states.
         """
         device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        self.model.to(device).eval()
-        with self._context():
+        with evaluating(self.model.to(device)), self._context():
             outputs = self.model(**inputs)
         return {name: outputs[name] for name in self._compared(outputs)}
 
@@ -62,7 +65,8 @@ class Teacher:
                 f"{type(self.model).__name__} gives {', '.join(outputs)}, and none of {', '.join(LOGITS)} or {HIDDEN} "
                 "that another model could learn: give one of a class that does"
             )
-        self._rows = outputs[names[0]].dim() < 3 or names[0] not in (HIDDEN, *LOGITS_OF_POSITIONS)
+        of_tokens = outputs[names[0]].dim() == 3 or (outputs[names[0]].dim() == 2 and self._detects)
+        self._rows = not of_tokens or names[0] not in (HIDDEN, *LOGITS_OF_POSITIONS)
         return names
 
     def count(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -89,7 +93,7 @@ class Teacher:
         Raises:
             ValueError: The student has no such outputs, or of other shapes.
         """
-        parts = []
+        parts, mask = [], self._mask(inputs)
         for name, wanted in teacher.items():
             given = student.get(name) if isinstance(student, Mapping) else None
             if given is None or given.shape != wanted.shape:
@@ -98,8 +102,48 @@ class Teacher:
                     f"the teacher's {name} have the shape {tuple(wanted.shape)}, the student's {shape}: give a teacher "
                     "of the same class, vocabulary and width"
                 )
-            parts.append(self._distance(name, given, wanted.to(given.device), self._mask(inputs)))
+            given, wanted = given.float(), wanted.to(given.device).float()
+            if name == HIDDEN and given.dim() == 3:
+                parts.append(_of_hidden(given, wanted, _or_everywhere(mask, given)))
+                continue
+            (given, weights), (wanted, _) = self._rows_of(name, given, mask), self._rows_of(name, wanted, mask)
+            each = self._divergence(name, given, wanted)
+            parts.append((each * weights).sum() / weights.sum().clamp_min(torch.finfo(each.dtype).tiny))
         return sum(parts)
+
+    def _rows_of(self, name: str, outputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs as (things, classes), and what each thing counts: those of padding are left out.
+
+        Of a text as a whole, where positions count, it counts as many as the text has; where an answer begins is no
+        padding.
+        """
+        if outputs.dim() == 4:  # of images: classes are channels
+            outputs = outputs.movedim(1, -1)
+        of_positions = mask is not None and outputs.shape[:2] == mask.shape
+        if outputs.dim() == 2 and of_positions and self._is_yes_or_no(name):
+            outputs = outputs[..., None]
+        elif outputs.dim() == 2 and of_positions and name in ANSWERS:
+            outputs = outputs.masked_fill(~mask, -1e9)
+        if outputs.dim() > 2:
+            outputs = outputs[mask] if of_positions else outputs.flatten(0, -2)
+        elif mask is not None and not self._rows:
+            return outputs, mask.sum(1).to(outputs)
+        return outputs, outputs.new_ones(len(outputs))
+
+    def _is_yes_or_no(self, name: str) -> bool:
+        return self._problem == "multi_label_classification" or (name == "logits" and self._detects)
+
+    def _divergence(self, name: str, given: Tensor, wanted: Tensor) -> Tensor:
+        """Of each thing, (things, classes) -> (things,)."""
+        if self._problem == "regression" or (given.shape[-1] == 1 and not self._is_yes_or_no(name)):
+            return (given - wanted).square().mean(-1)
+        given, wanted, scale = given / self.temperature, wanted / self.temperature, self.temperature**2
+        if self._is_yes_or_no(name):
+            chance = wanted.sigmoid()
+            from_itself = F.binary_cross_entropy_with_logits(wanted, chance, reduction="none")
+            return scale * (F.binary_cross_entropy_with_logits(given, chance, reduction="none") - from_itself).sum(-1)
+        logs = F.log_softmax(wanted, dim=-1)
+        return scale * (logs.exp() * (logs - F.log_softmax(given, dim=-1))).sum(-1)
 
     def probe(self, outputs: Mapping[str, Tensor], inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """A scalar of a model's own outputs whose gradients by them, drawn at random, have the curvature of
@@ -107,37 +151,28 @@ class Teacher:
 
         Summed over positions, or rows.
         """
-        compared, mask = {name: outputs[name] for name in self._compared(outputs)}, self._mask(inputs)
-        parts = []
+        compared, mask, parts = {name: outputs[name] for name in self._compared(outputs)}, self._mask(inputs), []
         for name, given in compared.items():
             given = given.float()
             if name == HIDDEN and given.dim() == 3:
-                parts.append(_probe_of_hidden(given, _everywhere(given) if mask is None else mask, generator))
+                parts.append(_probe_of_hidden(given, _or_everywhere(mask, given), generator))
                 continue
-            if given.dim() > 2:
-                given = given.flatten(0, -2) if self._rows or mask is None else given[mask]
-            if self._regresses or given.shape[-1] == 1:
-                parts.append((_signs(given, generator) * given).sum())
-                continue
-            chances = F.softmax(given.detach(), dim=-1)
-            drawn = (chances.cumsum(-1) < torch.rand(len(chances), 1, generator=generator).to(chances)).sum(-1)
-            drawn = drawn.clamp(max=chances.shape[-1] - 1)
-            parts.append(F.log_softmax(given, dim=-1).gather(-1, drawn[:, None]).sum())
+            given, weights = self._rows_of(name, given, mask)
+            parts.append((self._probe_of_rows(name, given, generator) * weights.sqrt()).sum())
         return sum(parts)
+
+    def _probe_of_rows(self, name: str, given: Tensor, generator: torch.Generator) -> Tensor:
+        if self._problem == "regression" or (given.shape[-1] == 1 and not self._is_yes_or_no(name)):
+            return (_signs(given, generator) * given).sum(-1)
+        drawn = torch.rand(given.shape if self._is_yes_or_no(name) else (len(given), 1), generator=generator).to(given)
+        if self._is_yes_or_no(name):
+            yes = (drawn < given.detach().sigmoid()).to(given)
+            return -F.binary_cross_entropy_with_logits(given, yes, reduction="none").sum(-1)
+        chosen = (given.detach().softmax(-1).cumsum(-1) < drawn).sum(-1).clamp(max=given.shape[-1] - 1)
+        return F.log_softmax(given, dim=-1).gather(-1, chosen[:, None])[:, 0]
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _distance(self, name: str, given: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-        given, wanted = given.float(), wanted.float()
-        if name == HIDDEN and given.dim() == 3:
-            return _of_hidden(given, wanted, _everywhere(given) if mask is None else mask)
-        if given.dim() > 2:
-            given, wanted = (x.flatten(0, -2) if self._rows or mask is None else x[mask] for x in (given, wanted))
-        if self._regresses or given.shape[-1] == 1:
-            return F.mse_loss(given, wanted)
-        pair = (F.log_softmax(x / self.temperature, dim=-1) for x in (given, wanted))
-        return self.temperature**2 * F.kl_div(*pair, reduction="batchmean", log_target=True)
 
     def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which positions count, (rows, positions); of an encoder-decoder those of its target."""
@@ -146,12 +181,13 @@ class Teacher:
             if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
                 return labels.ne(IGNORED)
             ids = inputs.get("decoder_input_ids")
-            return mask.bool() if mask is not None else None if ids is None else torch.ones_like(ids, dtype=torch.bool)
-        mask = inputs.get("attention_mask")
+            if mask is not None or ids is not None:
+                return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        mask = inputs.get("attention_mask")  # of a decoder that is given the source too
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return mask.bool()
         ids = inputs.get("input_ids")
-        return torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) else None
+        return torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
 
 def _of_hidden(given: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
@@ -181,7 +217,10 @@ def _lengths(vectors: Tensor) -> Tensor:
     return vectors.detach().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
 
 
-def _everywhere(hidden: Tensor) -> Tensor:
+def _or_everywhere(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """The mask, where it is one of these positions; else all of them."""
+    if mask is not None and mask.shape == hidden.shape[:2]:
+        return mask
     return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
 
 

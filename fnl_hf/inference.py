@@ -10,6 +10,7 @@ from .attachment import attached, detach, note_skipped, show
 from .checking import kept_on_error, refuse_wrapped
 from .factorization import is_factorized
 from .messages import say
+from .outputs import without_cache
 from .patching import to_dense
 from .plan import FAMILIES, Plan
 from .saving import forget_plans, save_under_any_names, save_under_own_names
@@ -51,8 +52,8 @@ def for_inference(model: nn.Module, measure: Measure = timed, **example_inputs: 
             "fnl_hf.factorize(model, config) first; what for_inference composed as a whole is an ordinary model"
         )
     targets, skipped = Plan.of(stored).targets, []
-    trial = Trial(model, example_inputs or None, measure, _dense_copy)
-    with kept_on_error(model):
+    with kept_on_error(model), without_cache(model):  # a call is made again and again
+        trial = Trial(model, example_inputs or None, measure, _dense_copy)
         model.eval()
         for family in FAMILIES.values():
             if of_family := [target for target in targets if type(target) is family.target]:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from .algebra.tensors import accumulating
 from .algebra.weighted import shrunk
 from .messages import progress
+from .outputs import evaluating, same_draws
 from .plan import Activation, Target
+
+
+class NoMaskFits(ValueError):
+    """A module has its positions in a shape of its own, and there is padding."""
+
 
 UNSEEN = 0.1  # of a row that no batch looks up: how often it counts
 
@@ -119,7 +126,7 @@ def moments(
         stack.enter_context(evaluated(model))
         for batch in checked(model, batches, "moments of inputs"):
             masks[:] = masks_of(model, batch)
-            model(**batch)
+            run(model, batch)
     found = {
         name: tuple(moment and moment.mean(shrink)[0] for moment in several) for name, several in collected.items()
     }
@@ -135,53 +142,104 @@ def checked(
     """The batches with their tensors on the model's device, and a bar that says ``what`` is done.
 
     Raises:
-        TypeError, ValueError: A batch is no dict; there is none.
+        TypeError, ValueError: A batch is no dict; there is none; there can be no graphs.
     """
-    device, empty = next((parameter.device for parameter in model.parameters()), None), True
+    if torch.is_inference_mode_enabled():
+        raise ValueError("calibration within torch.inference_mode: call factorize outside of it (no_grad may stay)")
+    empty = True
     for batch in progress(batches, what):
         empty = False
         if not isinstance(batch, Mapping):
             one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
             raise TypeError(f"a batch of calibration is a {type(batch).__name__}, expected a dict of inputs{one}")
-        yield {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        for part in _unambiguous(batch):
+            yield on_device(model, part)
     if empty:
         raise ValueError("calibration holds no batches: pass at least one dict of model inputs")
 
 
+def on_device(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:
+    """A batch with its tensors where the model is."""
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def run(model: nn.Module, batch: Mapping[str, object]) -> Any:
+    """What a model makes of a batch.
+
+    Raises:
+        ValueError: It does not run on that.
+    """
+    try:
+        return model(**batch)
+    except NoMaskFits:
+        raise
+    except Exception as error:  # whatever a model raises at inputs that it is not for
+        given = ", ".join(
+            f"{name} {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+            for name, value in batch.items()
+        )
+        raise ValueError(
+            f"{type(model).__name__} does not run on a batch of the calibration ({given}; tensors with a row for each "
+            f"sequence are expected): {type(error).__name__}: {error}"
+        ) from error
+
+
+def _unambiguous(batch: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """A batch, in two parts where it has as many sequences as positions: some models put time first inside."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    mask = batch.get("attention_mask")
+    square = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == mask.shape[1] > 1 and not mask.all()
+    if not square or any(len(value) != len(mask) for value in tensors):
+        yield batch
+        return
+    for part in (slice(-1), slice(-1, None)):
+        yield {name: v[part] if isinstance(v, Tensor) and v.dim() else v for name, v in batch.items()}
+
+
 @contextlib.contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Within, a model is in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    """Within, a model is in evaluation mode; its modes and the random state come back."""
+    with evaluating(model), same_draws(model):
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def masks_of(model: nn.Module, batch: Mapping[str, object]) -> Iterator[Tensor]:
-    """Which positions count, (sequences, positions), of source and target; all of a sequence that has no mask."""
+    """Which positions count, (sequences, positions), of source and target; all of a sequence that has no mask.
+
+    Of multiple choice the choices are sequences.
+    """
     for name in ("attention_mask", "decoder_attention_mask"):
-        if isinstance(mask := batch.get(name), Tensor) and mask.dim() == 2:
-            yield mask.bool()
+        if isinstance(mask := batch.get(name), Tensor) and mask.dim() in (2, 3):
+            yield mask.bool().flatten(0, -2)
     labels, config = batch.get("labels"), getattr(model, "config", None)
     translates = getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in batch
-    if translates and "decoder_attention_mask" not in batch and isinstance(labels, Tensor):
+    if translates and "decoder_attention_mask" not in batch and isinstance(labels, Tensor) and labels.dim() == 2:
         yield labels.ne(-100)
     for value in batch.values():
         if isinstance(value, Tensor) and value.dim() >= 2:
             yield torch.ones(value.shape[:2], dtype=torch.bool)
+        if isinstance(value, Tensor) and value.dim() >= 3 and value.is_floating_point():
+            yield torch.ones(len(value), 0, dtype=torch.bool)  # images or sounds: their positions have no mask
 
 
 def _kept(features: Tensor, masks: Sequence[Tensor], module: str) -> Tensor:
-    """Which positions of (…, features) count: those of the masks that have their shape, or theirs with time first."""
+    """Which positions of (…, features) count: those of the masks that have their shape, or theirs with time first.
+
+    Tokens in one row have a mask's as one row. What is no batch of a mask's sequences has none of its padding: one
+    thing of each sequence, a table of positions, or other inputs beside the masked ones, such as images.
+    """
     kept, fits = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device), False
     for mask in masks:
-        if kept.shape in (mask.shape, mask.mT.shape):
-            kept, fits = kept & (mask if kept.shape == mask.shape else mask.mT).to(kept.device), True
-    if not fits and not all(mask.all() for mask in masks):
-        raise ValueError(
+        for shaped in (mask, mask.mT, mask.flatten()):
+            if kept.shape == shaped.shape:
+                kept, fits = kept & shaped.to(kept.device), True
+                break
+    padded = [mask for mask in masks if not mask.all()]
+    rows = {len(mask) for mask in padded}
+    of_sequences = kept.dim() > 1 and not rows.isdisjoint(kept.shape[:2]) or kept.dim() == 1 and len(kept) not in rows
+    if padded and not fits and of_sequences and all(mask.shape[-1] for mask in masks):
+        raise NoMaskFits(
             f"{module} has positions of shape {tuple(kept.shape)}, which no mask has, so its padding cannot be left "
             "out: calibrate on batches without padding"
         )

@@ -67,6 +67,20 @@ def same_draws(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Within, no forward keeps keys and values: a block that is called again would append to them again."""
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    before = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
+    for config, _ in before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, kept in before:
+            config.use_cache = kept
+
+
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """What puts every module and attribute of a model back to where it is now, and what lists and dicts of it hold.
 

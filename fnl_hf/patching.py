@@ -73,6 +73,11 @@ def factorize(
         )
     if calibration is not None and config.init not in CALIBRATED | CALIBRATABLE:
         raise ValueError(f"init={config.init!r} does not look at data: drop calibration")
+    if calibration is not None and (isinstance(calibration, str) or not isinstance(calibration, Iterable)):
+        raise TypeError(
+            f"calibration is {calibration!r}, expected batches: an iterable of dicts of the model's inputs, such as "
+            "fnl_hf.texts.text_batches(file, tokenizer, model)"
+        )
     refuse_wrapped(model)
     _refuse_factorized(model)
     # The check at the end is a change of basis of the whole model too: one in planning is only to say what fails it.

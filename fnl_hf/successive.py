@@ -19,7 +19,7 @@ from .blocks import Batch, Calls, block_lists, calls_of, stopped_after
 from .calibration import Calibration
 from .factorization import Factorization, overwrite
 from .initialization import Sides
-from .messages import progress
+from .messages import progress, say
 from .moments import Moment, checked, evaluated, masks_of
 from .plan import Target
 
@@ -47,6 +47,8 @@ def successive(
     batches = list(checked(model, data.batches))
     chains = block_lists(model, batches[0])
     inside = {block: [t for t in targets if _lies_in(model, t, block, targets)] for chain in chains for block in chain}
+    if not any(inside.values()):
+        say("fnl_hf: no chain of blocks holds what is factorized, so it is fitted to inputs of the dense model")
     in_blocks = {target.name for several in inside.values() for target in several}
     compressed = copy.deepcopy(model)
     with torch.no_grad(), evaluated(model), evaluated(compressed):

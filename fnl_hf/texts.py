@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -11,6 +12,7 @@ from typing import TextIO
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 BATCH = 16
@@ -57,7 +59,7 @@ def encoded_texts(
     Raises:
         ValueError: There are no texts, or a line is not what its file should hold.
     """
-    rows = [row for row in _rows(Path(path), fields) if any(text.strip() for text in row)]
+    rows = [row for row in _readable(Path(path), fields) if any(text.strip() for text in row)]
     if not rows:
         raise ValueError(f"{path} holds no texts to calibrate on: give a file with a text in each line")
     rows = random.Random(seed).sample(rows, len(rows) if samples is None else min(samples, len(rows)))
@@ -75,12 +77,16 @@ class TextCollator:
         self.tokenizer, self.model = tokenizer, model
         if tokenizer.pad_token is None:  # masked out, whatever it is
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if getattr(model.config, "pad_token_id", 0) is None:  # classifiers look for the last token before padding
+            model.config.pad_token_id = tokenizer.pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         if not _translates(self.model):
             return batch
+        if not (_writes(self.model) or hasattr(self.model, "prepare_decoder_input_ids_from_labels")):
+            return batch  # its decoder is given the source
         target = self.tokenizer.pad([{"input_ids": row["labels"]} for row in rows], return_tensors="pt")
         ids, mask = target["input_ids"], target["attention_mask"]
         if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
@@ -89,6 +95,11 @@ class TextCollator:
         else:
             batch["labels"] = ids.masked_fill(mask.eq(0), -100)
         return batch
+
+
+def _writes(model: nn.Module) -> bool:
+    """Whether labels are what it should write."""
+    return type(model).__name__ in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _longest(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
@@ -102,10 +113,20 @@ def _translates(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def _readable(path: Path, fields: Sequence[str]) -> list[list[str]]:
+    """`_rows`, with one kind of error for all that a file may have."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file in it, with a text in each line")
+    try:
+        return list(_rows(path, fields))
+    except (EOFError, lzma.LZMAError, zlib.error, UnicodeError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a readable UTF-8 text file, or cut off or damaged: {error}") from error
+
+
 def _rows(path: Path, fields: Sequence[str]) -> Iterator[list[str]]:
     suffixes = [suffix for suffix in path.suffixes if suffix not in OPENERS]
     kind = suffixes[-1] if suffixes else ""
-    with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+    with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
         if kind == ".json" and (paragraphs := _squad(file)) is not None:
             yield from paragraphs
             return

@@ -59,6 +59,10 @@ class FNLTrainerMixin(WarmStartMixin):
                     "FNLTrainer(teacher=a dense model), or drop it"
                 )
             return
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(
+                f"teacher is a {type(teacher).__name__}, expected a model: AutoModelForX.from_pretrained(...)"
+            )
         if not set(teacher.parameters()).isdisjoint(self.model.parameters()):
             raise ValueError(
                 "the teacher holds parameters of the model that is trained: keep a copy of the dense model, "
@@ -210,19 +214,35 @@ class FNLTrainerMixin(WarmStartMixin):
         if self._teacher is None:
             return self._own_loss(model, inputs, return_outputs, num_items_in_batch)
         weight = self.args.distillation_weight
+        if weight < 1 and labels_of(inputs) is None and self.compute_loss_func is None:
+            raise ValueError(
+                f"distillation_weight is {weight}, which leaves the rest to a loss from labels, and the batch has none "
+                f"({', '.join(inputs)}): leave distillation_weight at 1, or add labels"
+            )
         if weight < 1:
             own, outputs = self._own_loss(model, dict(inputs), True, num_items_in_batch)
         else:
             own, outputs = 0.0, model(**inputs)
         loss = self._teacher.loss(outputs, inputs)
-        if torch.is_grad_enabled() and self._weights_loss:
+        if torch.is_grad_enabled() and self.args.n_gpu <= 1:
             loss = loss * self._teacher.count(inputs) * self._parts() / self._learned
         loss = weight * loss + (1 - weight) * own
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As in `Trainer`; with a teacher there is a loss without labels too."""
+        names = self.label_names
+        if self._teacher is not None and not any(inputs.get(name) is not None for name in names):
+            self.label_names = []
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self.label_names = names
+
     def _parts(self) -> int:
         """How many losses are averaged in a step: DDP averages over processes and the Trainer over micro-batches."""
-        parts = self.current_gradient_accumulation_steps
+        sums = self.compute_loss_func is not None  # then the Trainer leaves micro-batches to it
+        parts = 1 if sums else self.current_gradient_accumulation_steps
         return parts * self.accelerator.num_processes if self.args.average_tokens_across_devices else parts
 
     def _own_loss(self, model, inputs, return_outputs, num_items_in_batch):

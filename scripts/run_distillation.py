@@ -20,8 +20,11 @@ A line of the file is a text; JSON lines and TSV may hold pairs, and files in th
 on --validation_file. The same command resumes a run that was stopped.
 """
 
+from pathlib import Path
+
 from transformers import set_seed
 
+from fnl_hf.checkpoints import carry
 from fnl_hf.compression import Learner
 from fnl_hf.tasks.distillation import (
     MAY_CHANGE,
@@ -63,6 +66,8 @@ def main() -> None:
     if metrics := job.train():
         job.report("train", metrics)
     job.save()
+    if trainer.is_world_process_zero():
+        carry(Path(model_args.model_name_or_path), job.output_dir)  # what a sentence encoder has beside its weights
     if "validation" in texts:
         job.report("eval", trainer.evaluate())
     job.report_resources()

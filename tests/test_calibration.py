@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from torch.testing import assert_close
 
@@ -193,3 +194,71 @@ def test_calibration_for_an_initialisation_that_takes_none_is_refused():
 def test_the_names_in_the_config_are_those_of_the_functions():
     assert tuple(initialization.INITIALIZATIONS) == config.INITIALIZATIONS
     assert config.INITIALIZATIONS and set(config.INITIALIZATIONS) >= config.CALIBRATED
+
+
+@pytest.mark.parametrize("settings", [{}, {"calibration_outputs": "loss"}])
+def test_the_model_keeps_its_mode_and_draws(settings):
+    model, inputs = build("bert")
+    model.train()
+    config = fnl_hf.FNLConfig(init="activation", target_modules="all", target_ratio=0.9, **settings)
+    state = torch.get_rng_state()
+    fnl_hf.factorize(model, config, calibration=[inputs])
+    assert model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_as_many_texts_as_tokens_are_not_mistaken_for_time_first():
+    """XLNet puts time first inside: a square mask fits both ways round."""
+    model = tf.XLNetModel(tf.XLNetConfig(vocab_size=50, d_model=32, n_layer=2, n_head=4, d_inner=40)).eval()
+    ids, mask = torch.randint(5, 50, (8, 8)), torch.ones(8, 8, dtype=torch.long)
+    for row in range(8):
+        mask[row, : row // 2] = 0  # from the left
+    found = []
+    for filler in (0, 7):
+        batch = {"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask}
+        targets = plan(model, fnl_hf.FNLConfig(attention=(), target_modules="all-linear")).targets
+        found.append(moments(model, targets, [batch]))
+    for name, (moment,) in found[0].items():
+        assert_close(moment, found[1][name][0], rtol=1e-4, atol=1e-6)
+
+
+def test_choices_are_sequences():
+    model = tf.BertForMultipleChoice(build("bert")[0].config).eval()
+    ids, mask = torch.randint(5, 50, (6, 3, 9)), torch.ones(6, 3, 9, dtype=torch.long)
+    mask[..., 5:] = 0
+    targets = plan(model, fnl_hf.FNLConfig(attention=(), target_modules="all-linear")).targets
+    found = [
+        moments(model, targets, [{"input_ids": torch.where(mask.bool(), ids, filler), "attention_mask": mask}])
+        for filler in (0, 7)
+    ]
+    for name, (moment,) in found[0].items():
+        assert_close(moment, found[1][name][0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", ["alike", "loss"])
+def test_labels_of_a_classifier_are_no_mask(outputs):
+    model = tf.BartForSequenceClassification(build("bart")[0].config).eval()
+    batch = {"input_ids": torch.randint(5, 40, (2, 7)), "labels": torch.tensor([0, 1])}
+    batch["input_ids"][:, -1] = model.config.eos_token_id
+    batch["input_ids"][:, :-1].clamp_(min=5)
+    config = fnl_hf.FNLConfig(init="activation", target_modules="all", target_ratio=0.9, calibration_outputs=outputs)
+    fnl_hf.factorize(model, config, calibration=[batch])
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ("texts.txt", TypeError, "calibration is 'texts.txt', expected batches.*text_batches"),
+        (3, TypeError, "calibration is 3, expected batches"),
+        ([{"input_ids": [[1, 2, 3]]}], ValueError, r"BertModel does not run on a batch .*\(input_ids list"),
+        (
+            [{"input_ids": torch.tensor([[99]])}],
+            ValueError,
+            r"does not run on a batch of the calibration \(input_ids \(1, 1",
+        ),
+    ],
+)
+def test_what_is_no_batch_is_refused(batches, error, message):
+    model, _ = build("bert")
+    with pytest.raises(error, match=message):
+        fnl_hf.factorize(model, fnl_hf.FNLConfig(init="activation", head_rank=0.5), calibration=batches)
+    assert not fnl_hf.factorizations(model)

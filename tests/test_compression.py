@@ -54,11 +54,11 @@ def test_a_table_says_what_went_where(checkpoint, allocation, capsys):
     assert found["error"] > 0 and all(part["error"] is None or part["error"] >= 0 for part in found["parts"])
     assert (out / "1_Pooling" / "config.json").exists() and (out / "tokenizer.json").exists()
     stored = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert stored["calibrated_on"] == "512 lines of texts.txt" and stored["target_ratio"] == 0.7
+    assert stored["calibrated_on"] == "60 texts of texts.txt" and stored["target_ratio"] == 0.7
 
 
 def test_teaching_brings_it_nearer(checkpoint, capsys):
-    code, out = compress(checkpoint, "--target_ratio", "0.6", "--teach", "40", "--json")
+    code, out = compress(checkpoint, "--target_ratio", "0.6", "--teach", "60", "--json")
     assert code == 0
     found = json.loads(capsys.readouterr().out)
     assert found["taught"] < found["error"]
@@ -124,3 +124,40 @@ def test_the_script_lets_a_checkpoint_learn(checkpoint, monkeypatch):
     results = json.loads((taught / "all_results.json").read_text())
     assert results["eval_loss"] > 0 and results["train_loss"] > 0
     assert fnl_hf.factorizations(tf.AutoModelForMaskedLM.from_pretrained(taught))
+    assert (taught / "1_Pooling" / "config.json").exists()
+
+
+def test_what_only_gets_worse_is_left_out(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("fnl_hf.compression.TAUGHT_RATE", 3.0)
+    code, out = compress(checkpoint, "--target_ratio", "0.6", "--teach", "30")
+    assert code == 0 and "worse, so what it has learned is left out" in capsys.readouterr().out
+    again = checkpoint.parent / "again"
+    assert (
+        main(
+            [
+                "compress",
+                str(checkpoint),
+                str(again),
+                "--calibration",
+                str(checkpoint.parent / "texts.txt"),
+                "--target_ratio",
+                "0.6",
+            ]
+        )
+        == 0
+    )
+    models = [tf.AutoModelForMaskedLM.from_pretrained(path) for path in (out, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.parametrize("name", ["cut.gz", "cut.xz", "no.xz", "binary.txt"])
+def test_damaged_files_are_one_line(checkpoint, name, capsys):
+    import gzip
+    import lzma
+
+    path = checkpoint.parent / name
+    whole = {"gz": gzip, "xz": lzma}.get(name.rpartition(".")[2], gzip).compress(b"w1 w2 w3\n" * 500)
+    path.write_bytes(bytes([0xFF, 0xFE, 0xFA]) * 9 if name.startswith(("no", "binary")) else whole[: len(whole) // 2])
+    code, out = compress(checkpoint, "--calibration", str(path))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and name in error and "not a readable UTF-8 text file" in error and not out.exists()

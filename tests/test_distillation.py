@@ -36,11 +36,17 @@ def collate(rows):
     return batch | ({"labels": torch.stack([row["labels"] for row in rows])} if "labels" in rows[0] else {})
 
 
-def trained(model, teacher, tmp_path, rows=None, steps=3, **settings):
+def summed(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+
+def trained(model, teacher, tmp_path, rows=None, steps=3, loss=None, **settings):
     options = {"max_steps": steps, "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "use_cpu": True}
     options |= {"per_device_train_batch_size": 8, "label_names": [], "remove_unused_columns": False}
     args = fnl_hf.FNLTrainingArguments(str(tmp_path), **options | settings)
-    trainer = fnl_hf.FNLTrainer(model, args, collate, train_dataset=rows or texts(), teacher=teacher)
+    trainer = fnl_hf.FNLTrainer(
+        model, args, collate, train_dataset=rows or texts(), teacher=teacher, compute_loss_func=loss
+    )
     trainer.train()
     return trainer
 
@@ -82,6 +88,7 @@ def test_hidden_states_and_their_means_where_there_is_no_head():
         (tf.BertForSequenceClassification, {"num_labels": 1, "problem_type": "regression"}, True),
         (tf.BertForTokenClassification, {"num_labels": 3}, False),
         (tf.BertForQuestionAnswering, {}, True),
+        (tf.BertForSequenceClassification, {"num_labels": 3, "problem_type": "multi_label_classification"}, True),
     ],
 )
 def test_other_heads(kind, settings, rows):
@@ -116,6 +123,65 @@ def test_other_shapes_are_refused():
         Teacher(model).loss(other(**batch), batch)
 
 
+def electra():
+    torch.manual_seed(0)
+    return tf.ElectraForPreTraining(tf.ElectraConfig(**BERT, embedding_size=24)).eval()
+
+
+def shifted(model, bias):
+    """A copy whose last bias differs: what it says differs, though softmax over the wrong things would not see it."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        [module for module in other.modules() if getattr(module, "bias", None) is not None][-1].bias.add_(bias)
+    return other
+
+
+def test_yes_or_no_is_no_choice_among_positions_or_labels():
+    """ELECTRA's discriminator, several labels, and pixels whose classes are channels."""
+    batch = collate(texts(4))
+    labels = bert(tf.BertForSequenceClassification, num_labels=3, problem_type="multi_label_classification")
+    for model in (electra(), labels):
+        assert float(Teacher(model).loss(shifted(model, 5.0)(**batch), batch)) > 0.5
+    teacher = Teacher(bert(tf.BertForSequenceClassification, num_labels=3))
+    pixels = {"logits": torch.randn(2, 5, 4, 6)}
+    teacher._rows = True
+    assert float(teacher.distance({"logits": pixels["logits"] + torch.randn(2, 1, 4, 6)}, pixels, batch)) < 1e-5
+    assert float(teacher.distance({"logits": pixels["logits"] + torch.randn(2, 5, 1, 1)}, pixels, batch)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["qa", "electra", "bart"])
+def test_what_stands_under_padding_does_not_count(kind):
+    batch = collate(texts(4))
+    if kind == "bart":
+        torch.manual_seed(0)
+        model = tf.BartForConditionalGeneration(build("bart")[0].config).eval()
+        batch = {name: value[:, :9] for name, value in batch.items()}
+    else:
+        model = electra() if kind == "electra" else bert(tf.BertForQuestionAnswering)
+    student, teacher, losses = small(model), Teacher(model), []
+    for filler in (0, 7):
+        ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], filler)
+        losses.append(float(teacher.loss(student(**batch | {"input_ids": ids}), batch | {"input_ids": ids}).detach()))
+    assert losses[0] > 0 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_split_does_not_count_texts_as_much_as_tokens():
+    model = bert(tf.BertForPreTraining)
+    student, teacher = small(model), Teacher(model)
+    rows = [{"input_ids": torch.arange(5, 12)}, {"input_ids": torch.arange(7, 9)}]
+    whole, *parts = (collate(part) for part in (rows, rows[:1], rows[1:]))
+    counts = [int(teacher.count(part)) for part in parts]
+    with torch.no_grad():
+        halves = [float(teacher.loss(student(**part), part)) * n for part, n in zip(parts, counts, strict=True)]
+        assert float(teacher.loss(student(**whole), whole)) == pytest.approx(sum(halves) / sum(counts), rel=1e-4)
+
+
+def test_the_teacher_keeps_its_mode():
+    model, batch = bert().train(), collate(texts(4))
+    Teacher(model).outputs(batch)
+    assert model.training
+
+
 # -- training ----------------------------------------------------------------------------------------
 
 
@@ -129,11 +195,13 @@ def test_it_learns_without_labels(kind, tmp_path):
     assert losses[-1] < 0.6 * losses[0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+    trainer.label_names = ["labels"]  # which the texts lack
     assert trainer.evaluate(texts(8, seed=1))["eval_loss"] < losses[0]
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_steps_do_not_depend_on_how_they_are_split(weight, tmp_path):
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_steps_do_not_depend_on_how_they_are_split(weight, own_loss, tmp_path):
     """1 x 8 is 4 x 2, though the texts are of unequal lengths: another loss than the mean of the parts' means."""
     kind, settings = (tf.BertForMaskedLM, {}) if weight == 1 else (tf.BertForSequenceClassification, {"num_labels": 3})
     model = bert(kind, **settings, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -144,7 +212,8 @@ def test_steps_do_not_depend_on_how_they_are_split(weight, tmp_path):
     for batch, parts in ((8, 1), (2, 4)):
         student = small(model)
         split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": parts, "optim": "sgd"}
-        trained(student, model, tmp_path, rows, distillation_weight=weight, max_grad_norm=0.0, **split)
+        loss = summed if own_loss else None
+        trained(student, model, tmp_path, rows, distillation_weight=weight, max_grad_norm=0.0, loss=loss, **split)
         ends.append(student)
     for one, other in zip(*(end.parameters() for end in ends), strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-6)

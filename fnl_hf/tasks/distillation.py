@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fnl_hf import FNLTrainingArguments
+from fnl_hf import FNLTrainingArguments, factorizations
 from fnl_hf.texts import encoded_texts
 
 from .finetuning import ModelArguments, load_model
@@ -48,7 +48,7 @@ class DistillationArguments(RunArguments, FNLTrainingArguments):
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Texts of a batch."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Texts of an evaluation batch."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate at the end of the warmup."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate at the end of the warmup."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warmup, or below 1 their share."})
     train_sampling_strategy: str = field(
@@ -76,6 +76,9 @@ def parse_distillation_arguments(
     ):
         if not given:
             raise InputError(f"--{name} is missing. Give the {what}.")
+    for name, path in (("model_name_or_path", model_args.model_name_or_path), ("teacher", data_args.teacher)):
+        if not Path(path, "config.json").is_file():
+            raise InputError(f"--{name} {path}: holds no config.json. Give the directory of a saved model.")
     if args.max_steps < 1:
         raise InputError(f"--max_steps {args.max_steps}: expected at least 1.")
     if args.distillation_weight != 1:
@@ -112,6 +115,11 @@ def load_student(job: Job, tokenizer: PreTrainedTokenizerBase, length: int) -> P
     """The model that learns, factorized if it is not and that is asked for."""
     model = load_model(job, tokenizer)
     check_fit(model, tokenizer, length, "--max_seq_length")
+    if not factorizations(model):
+        raise InputError(
+            f"{job.model_args.model_name_or_path} is dense. Give what `fnl-hf compress` makes of it, or add --factorize "
+            "and what it is to become (--target_ratio 0.5)."
+        )
     return model
 
 
