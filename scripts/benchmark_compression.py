@@ -29,12 +29,14 @@ Every row starts from the trained model and leaves it that share of all its para
 Sentences: 100 times Spearman's correlation of cosines and scores, of rows (sentence, sentence, score) without a header.
 Language: perplexity of the first blocks of a text. Translation: BLEU of the first pairs of the test set that ships,
 calibrated on the training pairs. Seconds are those of the process's own clock; what several rows learn from the
-calibration data is collected once, and its seconds count for each of them. Results are written after every row.
+calibration data is collected once, and its seconds count for each of them. Results are written after every row; with
+the same --json the same command goes on where it was stopped, and one with other methods or ratios adds theirs.
 """
 
 import argparse
 import contextlib
 import copy
+import json
 import math
 import random
 import time
@@ -69,8 +71,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (in tables, fields
     "loss": ("activation, errors and ranks by loss", BY_LOSS),
     "compressed": ("the same, inputs as compressed", BY_LOSS | {"calibration_inputs": "compressed"}),
 }
-BATCH = 16
-TEST_BLOCKS, TEST_PAIRS, BEAMS = 400, 400, 4
+BATCH, BEAMS = 16, 4
 
 clock = time.process_time
 
@@ -118,7 +119,7 @@ def language(options: argparse.Namespace) -> Task:
     length = min(128, model.config.max_position_embeddings)
     rows = blocks(options.calibration, tokenizer, length)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:samples]]
-    test = blocks(options.test, tokenizer, length, TEST_BLOCKS)
+    test = blocks(options.test, tokenizer, length, options.limit)
     batches = [{"input_ids": ids, "labels": ids} for ids in rows.split(BATCH)]
     settings = {"calibration blocks": len(rows), "test blocks": len(test), "tokens of a block": length}
     return Task(model, batches, partial(perplexity, test=test), "perplexity", settings)
@@ -132,7 +133,7 @@ def translation(options: argparse.Namespace) -> Task:
     encoded = sorted(encode(pairs, tokenizer, DataArguments()), key=lambda row: sum(map(len, row.values())))
     collate = TranslationCollator.of(model, tokenizer)
     batches = [dict(collate(encoded[i : i + BATCH])) for i in range(0, samples, BATCH)]
-    test = read_pairs(shipped_text("test"), TEST_PAIRS)
+    test = read_pairs(shipped_text("test"), options.limit)
     settings = {"calibration pairs": samples, "test pairs": len(test), "beams": BEAMS}
     return Task(model, batches, partial(bleu, tokenizer=tokenizer, pairs=test), "BLEU", settings)
 
@@ -255,14 +256,38 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def measured(task: Task, methods: Sequence[str], ratios: Sequence[float]) -> Iterator[dict]:
-    """A row for each ratio and method."""
+def measured(
+    task: Task, methods: Sequence[str], ratios: Sequence[float], known: Sequence[tuple[str, float]] = ()
+) -> Iterator[dict]:
+    """A row for each ratio and method but for those (method, ratio) that are known."""
     collected = Collected()
     for ratio in ratios:
         for method in methods:
+            if (METHODS[method][0], ratio) in known:
+                continue
             small, seconds = collected.timed(partial(compressed, task, method, ratio, collected))
             figures = {"parameters": parameters(small), "quality": task.quality(small), "seconds": round(seconds, 1)}
             yield {"method": METHODS[method][0], "ratio": ratio} | figures
+
+
+def in_order(rows: Iterable[dict]) -> list[dict]:
+    """From the largest ratio to the least, methods as listed."""
+    labels = [label for label, _ in METHODS.values()]
+    return sorted(rows, key=lambda row: (-row["ratio"], labels.index(row["method"])))
+
+
+def earlier_rows(path: Path | None, results: Mapping[str, Any]) -> list[dict]:
+    """The rows that a file holds already.
+
+    Raises:
+        InputError: They are of another model, or of other settings.
+    """
+    if path is None or not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    if other := [name for name, value in results.items() if earlier.get(name) != value]:
+        raise InputError(f"{path}: holds results of another {other[0]}. Give another --json, or remove it.")
+    return earlier["rows"]
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
@@ -309,6 +334,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts, one in each line; compressed or not")
     parser.add_argument("--test", type=Path, metavar="FILE", help="scored pairs (CSV), or a text")
     parser.add_argument("--samples", type=int, metavar="N", help="of the calibration: lines, blocks or pairs")
+    parser.add_argument("--limit", type=int, default=400, metavar="N", help="test blocks or pairs (default: 400)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--ratios", nargs="+", type=float, help="parameters after / before")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -317,10 +343,12 @@ def main() -> None:
     tf.logging.set_verbosity_error()
     task = TASKS[options.task](options)
     dense = {"parameters": parameters(task.model), "quality": task.quality(task.model)}
-    results = {"task": options.task, "measure": task.measure, "settings": task.settings, "dense": dense, "rows": []}
+    results = {"task": options.task, "measure": task.measure, "settings": task.settings, "dense": dense}
+    results["rows"] = earlier_rows(options.json, results)
+    known = [(row["method"], row["ratio"]) for row in results["rows"]]
     print(f"dense: {dense['parameters']:,} parameters, {task.measure} {dense['quality']:.2f}", flush=True)
-    for row in measured(task, options.methods, options.ratios or RATIOS[options.task]):
-        results["rows"].append(row)
+    for row in measured(task, options.methods, options.ratios or RATIOS[options.task], known):
+        results["rows"] = in_order([*results["rows"], row])
         share = row["parameters"] / dense["parameters"]
         print(f"{row['method']:<40} {share:>7.1%} {row['quality']:>10.2f} {row['seconds']:>7.1f} s", flush=True)
         if options.json:

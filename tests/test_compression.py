@@ -85,7 +85,6 @@ def test_language(monkeypatch, text, tmp_path):
     assert tokenizer.eos_token_id in rows
     with pytest.raises(ValueError, match="not one block of 100000: give a longer text"):
         blocks(text, tokenizer, 100_000)
-    monkeypatch.setattr(benchmark, "TEST_BLOCKS", 2)
     results = run(
         monkeypatch,
         task="language",
@@ -93,6 +92,7 @@ def test_language(monkeypatch, text, tmp_path):
         calibration=text,
         test=text,
         samples=8,
+        limit=2,
         ratios=0.6,
         json=tmp_path / "results.json",
     )
@@ -108,9 +108,14 @@ def test_translation(monkeypatch, tmp_path):
     model = new_marian(tokenizer, d_model=32, layers=1, heads=2, ffn_dim=64, dropout=0.0, max_length=64)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "mt")
-    monkeypatch.setattr(benchmark, "TEST_PAIRS", 2)
     results = run(
-        monkeypatch, task="translation", model=tmp_path / "mt", samples=32, ratios=0.7, json=tmp_path / "results.json"
+        monkeypatch,
+        task="translation",
+        model=tmp_path / "mt",
+        samples=32,
+        limit=2,
+        ratios=0.7,
+        json=tmp_path / "results.json",
     )
     check(results, 0.7, 6)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark_inference
+from scripts import benchmark_compression, benchmark_inference
 from scripts.benchmark_layers import bounds, numbers, table
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +140,14 @@ def test_the_figures_of_inference_are_those_of_the_results():
     (half,) = (row for row in figures if "0.766" in row["setting"] and row["batch"] == 32)
     speed = half["times dense"]["for inference"]["median"]
     assert speed > 1.3 and f"comes {speed:.2f} times the dense" in " ".join(README.read_text().split())
+
+
+@pytest.mark.parametrize("task", benchmark_compression.TASKS)
+def test_the_figures_of_compression_are_those_of_the_results(task):
+    results = json.loads((RESULTS / f"compression_{task}_cpu.json").read_text())
+    text = (RESULTS / "README.md").read_text()
+    assert len(results["rows"]) == 18 and all(row in text for row in benchmark_compression.table(results))
+    assert f"{results['dense']['parameters']:,} parameters" in " ".join(text.split())
 
 
 def rows_of_translation(name):
