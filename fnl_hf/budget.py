@@ -37,7 +37,7 @@ class Share:
     full: int
     lone: bool
     sides: Sides = None
-    outputs: Tensor | None = None
+    outputs: Sequence[Tensor] = ()
 
     def size(self, rank: int) -> int:
         """Parameters at a rank; of one that saves nothing, those of the dense weight."""
@@ -74,7 +74,9 @@ def with_ranks(
         sides = calibration.of(targets)
         outputs = calibration.curvatures(targets) if config.outputs_by_loss() else {}
         keys = [share.product.weights for share in shares]
-        shares = [replace(s, sides=sides[key], outputs=outputs.get(key)) for s, key in zip(shares, keys, strict=True)]
+        shares = [
+            replace(s, sides=sides[key], outputs=outputs.get(key, ())) for s, key in zip(shares, keys, strict=True)
+        ]
     if config.energy is not None:
         ranks = [energy_rank(share.energies, config.energy) for share in shares]
     else:
@@ -219,6 +221,6 @@ def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Se
 
 def _losses_per_energy(shares: Sequence[Share]) -> list[float]:
     """Energies weighted by curvature are losses; those of a share without one count as much as others do."""
-    known = sorted(float(share.energies.sum()) for share in shares if share.outputs is not None)
+    known = sorted(float(share.energies.sum()) for share in shares if share.outputs)
     usual = known[len(known) // 2] if known else 1.0
-    return [1.0 if s.outputs is not None else usual / float(s.energies.sum().clamp_min(1e-300)) for s in shares]
+    return [1.0 if s.outputs else usual / float(s.energies.sum().clamp_min(1e-300)) for s in shares]

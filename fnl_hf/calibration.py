@@ -16,7 +16,7 @@ class Calibration:
         self.model = model
         self.batches = batches if isinstance(batches, Mapping) else list(batches)  # they are run several times
         self._sides: dict[tuple, tuple[Tensor | None, ...]] = {}
-        self._curvatures: dict[tuple, Tensor | None] = {}
+        self._curvatures: dict[tuple, tuple[Tensor, ...]] = {}
         self._looked_at: set[str] = set()
         self._felt: set[str] = set()
 
@@ -30,11 +30,12 @@ class Calibration:
         self._looked_at.update(found)
         return self._sides
 
-    def curvatures(self, targets: Sequence[Target]) -> dict[tuple, Tensor | None]:
-        """``Factorization.weights`` -> the curvature of the loss by its outputs; of tied layers that of the first."""
+    def curvatures(self, targets: Sequence[Target]) -> dict[tuple, tuple[Tensor, ...]]:
+        """``Factorization.weights`` -> curvatures of the loss by its outputs, those of all layers that are tied."""
         new = [target for target in targets if target.name not in self._felt]
         found = curvatures(self.model, new, self.batches) if new else {}
         for target in new:
-            self._curvatures.setdefault(target.found(self.model).weights, found[target.name])
+            key, own = target.found(self.model).weights, found[target.name]
+            self._curvatures[key] = self._curvatures.get(key, ()) + (() if own is None else (own,))
         self._felt.update(found)
         return self._curvatures

@@ -1,21 +1,20 @@
-"""The command line: `fnl-hf factorize`, `fnl-hf to-dense`, `fnl-hf inspect`, on checkpoint directories."""
+"""The command line: `fnl-hf factorize`, `compress`, `to-dense` and `inspect`, on checkpoint directories."""
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 
-from .attachment import attached
+from .checkpoints import load_model, refuse_existing, write_checkpoint
 from .config import (
     ALLOCATIONS,
     ATTENTION_KINDS,
@@ -26,17 +25,16 @@ from .config import (
     WILDCARDS,
     FNLConfig,
 )
-from .factorization import FactorLeaf
-from .loading import written_whole
 from .measure import spectra
 from .overview import Summary, summary
 from .patching import factorize, to_dense
-from .texts import text_batches
+from .texts import encoded_texts, text_batches
 
 EXAMPLES = """examples:
   fnl-hf factorize my-bert my-bert-half --head_rank 0.5
   fnl-hf factorize my-bert my-bert-small --target_ratio 0.5
   fnl-hf factorize my-bert my-bert-thin --target_modules all-linear --rank 0.25
+  fnl-hf compress my-bert my-bert-half --target_ratio 0.5 --calibration texts.txt --teach 500
   fnl-hf inspect my-bert-half
   fnl-hf to-dense my-bert-half my-bert-dense
 
@@ -44,12 +42,6 @@ The model class comes from `architectures` in DIR/config.json. Tokenizer, proces
 along, and folders that hold no weights (1_Pooling). OUT is written as a whole or not at all, and never over files that
 are there.
 """
-WEIGHTS = r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)|.*\.index\.json"
-LOGS = r"trainer_state\.json|run\.json|(all|train|eval|test)_results\.json|events\.out\.tfevents.*"
-CODE = r"\..*|.*\.py|__pycache__"  # never trusted; and what is hidden
-# save_pretrained writes the config, and `_card` the README.md
-NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{LOGS}|{CODE}"
-CARD_START, CARD_END = "<!-- fnl_hf -->", "<!-- /fnl_hf -->"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,42 +84,7 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
-def model_card(model: nn.Module) -> str:
-    """The section of a README.md that says what a factorized checkpoint is and what it takes to load it."""
-    products, name = summary(model), type(model).__name__
-    in_layers = any(isinstance(module, FactorLeaf) for module in model.modules())
-    if in_layers:
-        needs = (
-            "Its weights are stored as factors, so it loads with `fnl_hf` only: without the import, "
-            "transformers raises an error about mismatched sizes. `fnl-hf to-dense DIR OUT` makes an ordinary "
-            "checkpoint of the same function."
-        )
-    else:
-        needs = (
-            "It is stored at full rank: without the import, transformers warns about an unknown quantization type "
-            "and loads the same function, only not factorized."
-        )
-    return "\n".join(
-        [
-            CARD_START,
-            "## Factorized weights",
-            "",
-            f"{products.headline().removeprefix('fnl_hf: ').capitalize()}. {needs}",
-            "",
-            "```python",
-            "import fnl_hf  # pip install fnl-hf",
-            f"from transformers import {name}",
-            "",
-            f'model = {name}.from_pretrained("path/to/this/checkpoint")',
-            "```",
-            CARD_END,
-            "",
-        ]
-    )
+        (transformers.logging.enable_progress_bar if bars else transformers.logging.disable_progress_bar)()
 
 
 # -- commands ----------------------------------------------------------------------------------------
@@ -147,10 +104,12 @@ def _factorize(options: argparse.Namespace) -> None:
         exclude_modules=_modules(options.exclude_modules),
         init=options.init,
         calibration_inputs=options.calibration_inputs,
+        calibration_outputs=options.calibration_outputs,
+        calibrated_on=_words_for(options),
     )
-    _refuse_existing(options.out)
+    refuse_existing(options.out)
     _check_calibration(options)
-    model = _load(options.dir)
+    model = load_model(options.dir)
     batches = None
     if options.calibration:
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.dir)
@@ -158,6 +117,40 @@ def _factorize(options: argparse.Namespace) -> None:
     model = factorize(model, config, calibration=batches)
     _write(model, options)
     print(summary(model).headline())
+
+
+def _words_for(options: argparse.Namespace) -> str | None:
+    """What the config says of the texts: their file's name, and how many of its lines."""
+    return f"{options.calibration_samples} lines of {options.calibration.name}" if options.calibration else None
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from .compression import report, teach  # which takes the trainers along
+
+    config = FNLConfig(
+        target_modules="all",
+        target_ratio=options.target_ratio,
+        rank_allocation=options.rank_allocation,
+        init="activation",
+        calibrated_on=_words_for(options),
+    )
+    options.init = config.init
+    refuse_existing(options.out)
+    _check_calibration(options)
+    if options.teach < 0:
+        raise ValueError(f"--teach {options.teach}: expected a number of steps, or 0 for none")
+    dense = load_model(options.dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.dir)
+    transformers.logging.enable_progress_bar()  # of what takes long; `main` puts it back
+    batches = text_batches(options.calibration, tokenizer, dense, options.calibration_samples)
+    model = factorize(copy.deepcopy(dense), config, calibration=batches)
+    taught = None
+    if options.teach:
+        taught = copy.deepcopy(model)
+        teach(taught, dense, encoded_texts(options.calibration, tokenizer, dense), tokenizer, options.teach)
+    _write(taught or model, options)
+    found = report(dense, model, batches, taught)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
 def _check_calibration(options: argparse.Namespace) -> None:
@@ -173,13 +166,18 @@ def _check_calibration(options: argparse.Namespace) -> None:
 
 
 def _to_dense(options: argparse.Namespace) -> None:
-    _refuse_existing(options.out)
-    _write(to_dense(_load(options.dir)), options)
+    refuse_existing(options.out)
+    _write(to_dense(load_model(options.dir)), options)
     print(f"fnl_hf: {options.out} is an ordinary checkpoint")
 
 
+def _write(model: transformers.PreTrainedModel, options: argparse.Namespace) -> None:
+    if left := write_checkpoint(model, options.dir, options.out):
+        print(f"fnl_hf: {', '.join(left)} not carried along: weights or logs of their own")
+
+
 def _inspect(options: argparse.Namespace) -> None:
-    model = _load(options.dir)
+    model = load_model(options.dir)
     found, rows = summary(model), spectra(model)
     if options.json:
         document = json.loads(found.to_json())
@@ -205,76 +203,6 @@ def _table(found: Summary, rows: list[dict]) -> str:
             f"{row['effective_rank']:14.2f}  {values}"
         )
     return "\n".join(lines)
-
-
-# -- directories -------------------------------------------------------------------------------------
-
-
-def _load(directory: Path) -> transformers.PreTrainedModel:
-    """The model in a directory, of the class that its config.json names, in the dtype that it is stored in."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{directory} holds no config.json: give the directory of a saved model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
-    names = config.get("architectures") if isinstance(config, dict) else None
-    named = isinstance(names, list) and names and isinstance(names[0], str)
-    model_class = getattr(transformers, names[0], None) if named else None
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise ValueError(
-            f"{directory / 'config.json'} has architectures {names!r}, expected the name of a model class of "
-            "transformers"
-        )
-    try:
-        return model_class.from_pretrained(directory, dtype="auto", local_files_only=True)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError):
-        raise
-    except Exception as error:  # transformers checks few of the values in a config.json
-        raise ValueError(f"{directory} does not load as {names[0]}: {type(error).__name__}: {error}") from error
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.is_symlink():
-        raise ValueError(f"{out} is a symbolic link: give the directory that it points to, or another OUT")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory: give another OUT, or remove it")
-
-
-def _write(model: transformers.PreTrainedModel, options: argparse.Namespace) -> None:
-    left = []
-    with written_whole(options.out) as folder:
-        model.save_pretrained(folder)
-        for path in sorted(options.dir.iterdir()):
-            target = folder / path.name
-            if path.is_file() and not target.exists() and not re.fullmatch(NOT_CARRIED, path.name):
-                shutil.copy2(path, target)
-            if path.is_dir() and not path.is_symlink() and not re.fullmatch(CODE, path.name):
-                if any(re.fullmatch(f"{WEIGHTS}|{LOGS}", inside.name) for inside in path.rglob("*")):
-                    left.append(path.name)
-                elif not target.exists():
-                    shutil.copytree(path, target, ignore=_not_carried)
-        card = _card(model, options.dir / "README.md", options.out.name)
-        if card:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-    if left:
-        print(f"fnl_hf: {', '.join(left)} not carried along: weights or logs of their own")
-
-
-def _not_carried(folder: str, names: list[str]) -> list[str]:
-    """What stays behind of a folder without weights, such as 1_Pooling: code, and links to other folders."""
-    paths = [Path(folder, name) for name in names]
-    return [path.name for path in paths if re.fullmatch(CODE, path.name) or (path.is_symlink() and path.is_dir())]
-
-
-def _card(model: nn.Module, source: Path, title: str) -> str:
-    """The card of the source without its section about factorization, and the model's own section if it has one."""
-    text = source.read_text(encoding="utf-8") if source.is_file() else ""
-    text = re.sub(f"{CARD_START}.*{CARD_END}\n?", "", text, flags=re.DOTALL).strip()
-    if not attached(model):
-        return f"{text}\n" if text else ""
-    text = text or f"---\nlibrary_name: transformers\ntags:\n- fnl_hf\n---\n\n# {title}"
-    return f"{text}\n\n{model_card(model)}"
 
 
 # -- options -----------------------------------------------------------------------------------------
@@ -339,6 +267,11 @@ def _parser() -> argparse.ArgumentParser:
         it is compressed (takes longer)""",
     )  # fmt: skip
     command.add_argument(
+        "--calibration_outputs", choices=("alike", "loss"),
+        help="""how errors of what a product puts out count: alike, or by how much the model's outputs depend on them;
+        not given: as --rank_allocation goes by them""",
+    )  # fmt: skip
+    command.add_argument(
         "--rank_pattern", type=_rank_pattern, default={}, metavar="JSON",
         help="""ranks by regular expression on names of products or attention modules, the first match counts:
         '{"layer.0.attention.self": 4}' or '[["layer.0.attention.ov", 4], [".*ov", 0.5]]'""",
@@ -348,6 +281,30 @@ def _parser() -> argparse.ArgumentParser:
         help="""what stays as it is: names of modules or products, or their ends (layer.0.attention), or one regular
         expression, such as 'decoder\\..*'""",
     )  # fmt: skip
+
+    command = _command(commands, "compress", _compress, "make a smaller model of a trained one, by texts")
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+    command.add_argument(
+        "--target_ratio", type=float, default=0.5, metavar="RATIO",
+        help="parameters of the whole model after / before (default: 0.5)",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration", type=Path, required=True, metavar="FILE",
+        help="""texts as the model will see them, without labels: one in each line (.txt), JSON lines (.json), between
+        tabs (.tsv), or in the layout of SQuAD (.json); unpacks .gz and .xz""",
+    )  # fmt: skip
+    command.add_argument(
+        "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"
+    )
+    command.add_argument(
+        "--rank_allocation", default="loss", choices=ALLOCATIONS,
+        help="how ranks are shared: by what they cost the model (loss, default), by energies of the data, or uniform",
+    )  # fmt: skip
+    command.add_argument(
+        "--teach", type=int, default=0, metavar="STEPS",
+        help="then let it learn from the dense model for so many steps, on all texts of the file (default: 0)",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="print JSON, not a table")
 
     command = _command(commands, "to-dense", _to_dense, "make an ordinary checkpoint of the same function")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to write")

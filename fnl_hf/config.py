@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .names import and_above, ends_with, matches_end
+
 FORMAT_VERSION = 2  # of the stored plan: 1 had products of heads only
 ATTENTION_KINDS = ("qk", "ov")
 # See `initialization`
@@ -85,6 +87,7 @@ class FNLConfig(QuantizationConfigMixin):
         calibration_outputs: Of "activation": how errors of what a product puts out count. "alike", or by the "loss":
             how much the outputs of the whole model depend on them, which takes a backward. `None`: by the loss if
             `rank_allocation` goes by it.
+        calibrated_on: What the data of a calibration was, in words for whoever reads the config.
         plan: What became of it in one model, a `fnl_hf.plan.Plan` as JSON, written by `factorize` and read when a
             checkpoint is loaded. Not for users.
         format_version: Of the plan.
@@ -108,6 +111,7 @@ class FNLConfig(QuantizationConfigMixin):
     init: str = "spectral"
     calibration_inputs: str = "dense"
     calibration_outputs: str | None = None
+    calibrated_on: str | None = None
     plan: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -257,32 +261,7 @@ class FNLConfig(QuantizationConfigMixin):
         """Whether an entry of ``exclude_modules`` means what has one of these names."""
         if isinstance(self.exclude_modules, str):
             return any(re.fullmatch(entry, name) for name in names)
-        return any(ends_with(end, entry) for name in names for end in _and_above(name))
-
-
-def ends_with(name: str, end: str) -> bool:
-    """PEFT's rule for lists of names: the whole name, or what follows one of its dots."""
-    return name == end or name.endswith(f".{end}")
-
-
-def matches_end(pattern: str, names: Iterable[str]) -> bool:
-    """PEFT's rule for ``rank_pattern``: the pattern matches a whole name, or all that follows one of its dots.
-
-    The expression is used as it was checked: composed into a larger one, ``(?i)`` and the like would be errors.
-    """
-    expression = re.compile(pattern)
-    return any(
-        expression.fullmatch(name, start)
-        for name in names
-        for start in (0, *(m.end() for m in re.finditer(r"\.", name)))
-    )
-
-
-def _and_above(name: str) -> Iterable[str]:
-    """A name, and those of the modules around it."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
+        return any(ends_with(end, entry) for name in names for end in and_above(name))
 
 
 # -- checks ------------------------------------------------------------------------------------------

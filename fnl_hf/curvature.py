@@ -15,8 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from .distillation import Teacher
-from .moments import Moment, checked, evaluated, masks_of
+from .moments import Moment, checked, evaluated, masks_of, plus
 from .plan import Target
+
+WIDE = 4096  # features, of which all pairs would take more than 128 MiB
+
+
+class _Curvature(Moment):
+    """The second moment of gradients, or its diagonal."""
+
+    diagonal = False
+
+    def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
+        self.diagonal = self.activation.read is None or value.shape[-1] > WIDE
+        if not self.diagonal:
+            return super().add(module, value, masks)
+        kept = self.kept(value, masks).flatten(0, -2).float()
+        self.total = plus(self.total, kept.square().sum(0)[None])
+        self.positions += len(kept)
+
+    def mean(self, shrink: bool) -> tuple[Tensor | None, None]:
+        if self.diagonal and self.positions:
+            return self.total / self.positions, None
+        return super().mean(shrink)
 
 
 def curvatures(
@@ -28,14 +49,16 @@ def curvatures(
 
     Returns:
         Name of a target -> G, (*batch, width, width), of its rows (of queries for queries and keys), float64, drawn to
-        a multiple of the identity where positions are few; None where no output is known, or nothing depends on it.
+        a multiple of the identity where positions are few; its diagonal (1, width) where an output is wider than
+        `WIDE`, as over a vocabulary, or its weight is a table too; None where no output is known, or nothing depends on
+        it.
     """
-    moments = {target.name: Moment(output) for target in targets if (output := target.output()) is not None}
+    moments = {target.name: _Curvature(output) for target in targets if (output := target.output()) is not None}
     teacher, generator = Teacher(model), torch.Generator().manual_seed(0)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluated(model))
         stack.enter_context(_with_graph(model))
-        for batch in checked(model, batches):
+        for batch in checked(model, batches, "curvature"):
             masks, seen = list(masks_of(model, batch)), []
             with _recorded(model, moments.values(), seen):
                 probe = teacher.probe(model(**batch), batch, generator)

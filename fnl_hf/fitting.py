@@ -37,7 +37,11 @@ def fitted(
         if target in looking and _loses(target, product) and not looks_at(product.form, original, sides):
             blind.append(target.name)
         if key not in of_weights:
-            more = {"crosses": crosses, "outputs": outputs.get(product.weights), "followed_by": target.followed_by}
+            more = {
+                "crosses": crosses,
+                "outputs": outputs.get(product.weights) or None,
+                "followed_by": target.followed_by,
+            }
             new = initial_factors(product.form, original, target.rank, config.init, sides, **more)
             of_weights[key] = target.shaped(new)
         return of_weights[key]

@@ -33,7 +33,7 @@ def activation(
     rank: int,
     sides: Sides = None,
     crosses: Sides = None,
-    outputs: Tensor | None = None,
+    outputs: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
     """Balanced factors of the best approximation on the data that ``sides`` are of, not of all inputs alike.
 
@@ -43,13 +43,15 @@ def activation(
 
     Args:
         crosses: E[x x̃ᵀ] for each side that is of x̃, which the factors will be given in the place of x.
-        outputs: G, how much errors of what the product puts out count: (*batch, m, m) of a weight, the same for all
-            heads of outputs and values, of queries the curvature of each head's. All alike if None.
+        outputs: curvatures G, how much errors of what the product puts out count: (*batch, m, m) of a weight, or a
+            diagonal (1, m), several of layers that are tied; the same for all heads of outputs and values; of queries
+            those of each head. All alike if there are none.
     """
     if not looks_at(form, factors, sides) or rank >= form.size(factors)[1]:
         return spectral(form, factors, rank)
     if len(factors) == 1:
-        pair = of_weight(factors[0], rank, *_columns_and_rows(factors[0], sides), crosses and crosses[0], outputs)
+        columns, rows, metric = _weighing(factors[0], sides, outputs)
+        pair = of_weight(factors[0], rank, columns, rows, crosses and crosses[0], metric)
     else:
         left, right, weights = _metrics(factors[0], sides, outputs)
         of_others = (None, None) if crosses is None else (None, crosses[0]) if crosses[1] is None else crosses
@@ -67,12 +69,12 @@ def functional(
     """
     if followed_by is None or len(factors) > 1 or rank >= form.size(factors)[1]:
         return spectral(form, factors, rank)
-    columns = _columns_and_rows(factors[0], sides)[0] if looks_at(form, factors, sides) else None
+    columns = _weighing(factors[0], sides, ())[0] if looks_at(form, factors, sides) else None
     pair = of_functions.approximation(factors[0], rank, followed_by, columns)
     return [factor.to(factors[0].dtype) for factor in form.balance(pair, rank)]
 
 
-def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None, outputs: Tensor | None = None) -> Tensor:
+def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None, outputs: Sequence[Tensor] = ()) -> Tensor:
     """What each further rank of ``activation`` saves of the error, summed over heads, in descending order, float64.
 
     Without sides, or where it cannot use them, of ``spectral``: the squared singular values.
@@ -80,21 +82,34 @@ def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None, outputs
     if not looks_at(form, factors, sides):
         each = form.singular_values(factors).double().square()
     elif len(factors) == 1:
-        each = energies_of_weight(factors[0], *_columns_and_rows(factors[0], sides), outputs)
+        each = energies_of_weight(factors[0], *_weighing(factors[0], sides, outputs))
     else:
         each = energies_of_product(*factors, *_metrics(factors[0], sides, outputs))
     return each.reshape(-1, each.shape[-1]).sum(0).cpu()
 
 
-def _columns_and_rows(matrix: Tensor, sides: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    """Moments of what a weight multiplies, and counts of its rows; several of each where layers are tied."""
+def _weighing(
+    matrix: Tensor, sides: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Moments of what a weight multiplies, how much each of its rows counts, and the metric of what it puts out.
+
+    An embedding gives counts, its metric is that of its columns. Where an output layer is tied to it, the diagonal of
+    its curvature is about the chance of each token, which the counts are too: its sum weighs what that layer is given.
+    """
     known = [side for side in sides if side is not None]
     columns, rows = ([s for s in known if (s.dim() == matrix.dim()) == square] for square in (True, False))
-    return sum(columns) if columns else None, sum(rows) if rows else None
+    columns, rows = sum(columns) if columns else None, sum(rows) if rows else None
+    metrics, diagonals = ([g for g in outputs if (g.dim() == matrix.dim()) == square] for square in (True, False))
+    if rows is not None and metrics:
+        given = 0 if columns is None else sum(diagonal.sum() for diagonal in diagonals) * columns
+        return sum(metrics) + given, rows, None
+    if rows is None and diagonals and not metrics:
+        return columns, sum(diagonals), None
+    return columns, rows, sum(metrics) if metrics else None
 
 
 def _metrics(
-    left: Tensor, sides: Sequence[Tensor | None], outputs: Tensor | None
+    left: Tensor, sides: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Of the left factor's features and of the right one's, and what the error of each head counts.
 
@@ -103,11 +118,11 @@ def _metrics(
     tr(G C_k⁻¹) over the width of a head.
     """
     if sides[1] is None:
-        return None if outputs is None else left.double().mT @ outputs @ left.double(), sides[0], None
-    if outputs is None:
+        return (left.double().mT @ outputs[0] @ left.double() if outputs else None), sides[0], None
+    if not outputs:
         return sides[0], sides[1], None
     inverse = roots(sides[1])[1]
-    weights = (outputs * (inverse @ inverse)).sum((-2, -1)) / outputs.shape[-1]
+    weights = (outputs[0] * (inverse @ inverse)).sum((-2, -1)) / inverse.shape[-1]
     return sides[0], sides[1], weights
 
 

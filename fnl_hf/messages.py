@@ -8,11 +8,12 @@ It starts at INFO and writes to standard error, on the main process only. Silenc
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger("fnl_hf")
+MANY = 8  # batches that take long enough for a bar
 
 
 class _Handler(logging.StreamHandler):
@@ -44,6 +45,12 @@ if not any(handler.name == "fnl_hf" for handler in logger.handlers):  # the modu
 def say(message: str) -> None:
     """One line or table, at INFO: once per job and not once per process."""
     logger.info(message)
+
+
+def progress(batches: Iterable, what: str) -> Iterable:
+    """The same, with a bar on a terminal where they are many; transformers' own switch turns it off."""
+    many = isinstance(batches, Sequence) and len(batches) >= MANY
+    return transformers_logging.tqdm(batches, desc=f"fnl_hf: {what}", leave=False, disable=None) if many else batches
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .algebra.tensors import accumulating
 from .algebra.weighted import shrunk
+from .messages import progress
 from .plan import Activation, Target
 
 UNSEEN = 0.1  # of a row that no batch looks up: how often it counts
@@ -43,7 +44,11 @@ class Moment:
     def features(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """x, (*batch, positions, width): all positions but those that a mask leaves out."""
         spread = value if self.activation.spread is None else self.activation.spread(module, value)
-        return self.activation.read(accumulating(spread[_kept(spread, masks, self.activation.module)]))
+        return self.activation.read(accumulating(self.kept(spread, masks)))
+
+    def kept(self, features: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """The positions of (…, features) that no mask leaves out, (positions, features)."""
+        return features[_kept(features, masks, self.activation.module)]
 
     def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
         """Count a batch."""
@@ -52,9 +57,9 @@ class Moment:
     def add_features(self, x: Tensor, stood_for: Tensor | None = None) -> None:
         """Count what ``features`` gave, and with it what it stands for, in the same positions."""
         # a batch by itself in single precision, the sum of batches in double
-        self.total = _plus(self.total, x.mT @ x)
+        self.total = plus(self.total, x.mT @ x)
         if stood_for is not None:
-            self.cross = _plus(self.cross, stood_for.mT @ x)
+            self.cross = plus(self.cross, stood_for.mT @ x)
         self.positions += x.shape[-2]
 
     def mean(self, shrink: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -69,15 +74,16 @@ class _Counts(Moment):
     """How often a module looks up each of its rows, (1, rows): the diagonal that E[x xᵀ] has for one-hot x."""
 
     def add(self, module: nn.Module, value: Tensor, masks: Sequence[Tensor]) -> None:
-        kept = value[_kept(value[..., None], masks, self.activation.module)]
-        self.total = _plus(self.total, torch.bincount(kept.flatten(), minlength=module.num_embeddings)[None])
+        kept = self.kept(value[..., None], masks)
+        self.total = plus(self.total, torch.bincount(kept.flatten(), minlength=module.num_embeddings)[None])
         self.positions += kept.numel()
 
     def mean(self, shrink: bool) -> tuple[Tensor | None, None]:
         return (self.total.clamp_min(UNSEEN) / self.positions if self.positions else None), None
 
 
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+def plus(total: Tensor | None, more: Tensor) -> Tensor:
+    """A sum in double precision, of what is given in single."""
     return more.double() if total is None else total + more
 
 
@@ -111,7 +117,7 @@ def moments(
             take = partial(moment.add, masks=masks)  # filled anew for every batch
             stack.callback(moment.hook(model, take).remove)
         stack.enter_context(evaluated(model))
-        for batch in checked(model, batches):
+        for batch in checked(model, batches, "moments of inputs"):
             masks[:] = masks_of(model, batch)
             model(**batch)
     found = {
@@ -123,14 +129,16 @@ def moments(
     return found
 
 
-def checked(model: nn.Module, batches: Iterable[Mapping[str, object]]) -> Iterator[dict[str, object]]:
-    """The batches with their tensors on the model's device.
+def checked(
+    model: nn.Module, batches: Iterable[Mapping[str, object]], what: str = "batches"
+) -> Iterator[dict[str, object]]:
+    """The batches with their tensors on the model's device, and a bar that says ``what`` is done.
 
     Raises:
         TypeError, ValueError: A batch is no dict; there is none.
     """
     device, empty = next((parameter.device for parameter in model.parameters()), None), True
-    for batch in batches:
+    for batch in progress(batches, what):
         empty = False
         if not isinstance(batch, Mapping):
             one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""

@@ -132,7 +132,10 @@ class Target(ABC):
         return ()
 
     def output(self) -> Activation | None:
-        """Where its product, or of queries and keys its left side, is put out; None where that is not known."""
+        """Where its product, or of queries and keys its left side, is put out; None where that is not known.
+
+        Without ``read`` its features count each for itself.
+        """
         return None
 
     @classmethod

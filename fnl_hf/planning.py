@@ -6,9 +6,10 @@ from torch import nn
 
 from .budget import with_ranks
 from .calibration import Calibration
-from .config import FNLConfig, matches_end
+from .config import FNLConfig
 from .heads import HeadTarget, find_heads
 from .layers import LayerTarget, find_layers
+from .names import matches_end
 from .plan import FAMILIES, Candidate, Plan, Skip, Target, register_family
 from .proof import Evidence, refuted_by_the_whole
 from .selection import names_of, selected

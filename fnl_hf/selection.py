@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .config import ATTENTION_KINDS, FNLConfig, ends_with, matches_end
+from .config import ATTENTION_KINDS, FNLConfig
+from .names import ends_with, matches_end
 from .plan import Candidate, Skip
 
 EXCLUDED = "excluded by exclude_modules"

@@ -19,6 +19,7 @@ from .blocks import Batch, Calls, block_lists, calls_of, stopped_after
 from .calibration import Calibration
 from .factorization import Factorization, overwrite
 from .initialization import Sides
+from .messages import progress
 from .moments import Moment, checked, evaluated, masks_of
 from .plan import Target
 
@@ -58,7 +59,7 @@ def successive(
             yield target, factors
         for chain in chains:
             walks = [_walk(model, compressed, chain, batch) for batch in batches]
-            for index, block in enumerate(chain):
+            for index, block in enumerate(progress(chain, "blocks")):
                 for stage in _stages(model, chain, index, inside[block], walks[0]):
                     for target, sides, crosses in _paired(model, compressed, chain, index, stage, walks):
                         factors = initial(target, target.found(model), sides, crosses)

@@ -62,15 +62,11 @@ def encoded_texts(
     if not rows:
         raise ValueError(f"{path} holds no texts to calibrate on: give a file with a text in each line")
     rows = random.Random(seed).sample(rows, len(rows) if samples is None else min(samples, len(rows)))
-    options = {"truncation": True, "max_length": length}
-    first, second = [row[0] for row in rows], [row[1] if len(row) > 1 else None for row in rows]
-    if _translates(model):
-        encoded = dict(tokenizer(first, **options))
-        targets = [a if b is None else b for a, b in zip(first, second, strict=True)]
-        encoded["labels"] = tokenizer(text_target=targets, **options)["input_ids"]
-    else:
-        encoded = dict(tokenizer(first, None if None in second else second, **options))
-    return [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    options = {"truncation": True, "max_length": min(length, _longest(tokenizer, model))}
+    if not _translates(model):
+        return [dict(tokenizer(*row, **options)) for row in rows]
+    targets = (tokenizer(text_target=row[-1], **options)["input_ids"] for row in rows)
+    return [dict(tokenizer(row[0], **options)) | {"labels": labels} for row, labels in zip(rows, targets, strict=True)]
 
 
 def blocks(
@@ -121,6 +117,13 @@ class TextCollator:
         else:
             batch["labels"] = ids.masked_fill(mask.eq(0), -100)
         return batch
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
+    """Tokens that both take; two positions of RoBERTa and its kin are not for tokens."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    known = isinstance(positions, int) and positions > 2
+    return min(tokenizer.model_max_length, positions - 2) if known else tokenizer.model_max_length
 
 
 def _translates(model: nn.Module) -> bool:

@@ -215,7 +215,7 @@ class FNLTrainerMixin(WarmStartMixin):
         else:
             own, outputs = 0.0, model(**inputs)
         loss = self._teacher.loss(outputs, inputs)
-        if model.training and self._weights_loss:
+        if torch.is_grad_enabled() and self._weights_loss:
             loss = loss * self._teacher.count(inputs) * self._parts() / self._learned
         loss = weight * loss + (1 - weight) * own
         return (loss, outputs) if return_outputs else loss

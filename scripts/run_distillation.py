@@ -22,7 +22,7 @@ on --validation_file. The same command resumes a run that was stopped.
 
 from transformers import set_seed
 
-import fnl_hf
+from fnl_hf.compression import Learner
 from fnl_hf.tasks.distillation import (
     MAY_CHANGE,
     load_student,
@@ -52,7 +52,7 @@ def main() -> None:
         + ", ".join(f"{len(rows):,} texts of {split}" for split, rows in texts.items())
     )
     trainer = job.make_trainer(
-        fnl_hf.FNLTrainer,
+        Learner,
         model=model,
         teacher=teacher,
         train_dataset=texts["train"],

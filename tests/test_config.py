@@ -9,8 +9,8 @@ import transformers as tf
 import fnl_hf
 from fnl_hf.attachment import attached
 from fnl_hf.cli import main
-from fnl_hf.config import ends_with, matches_end
 from fnl_hf.heads.checks import misfit
+from fnl_hf.names import ends_with, matches_end
 from fnl_hf.plan import Plan
 from tests.families import BERT, build, output
 

@@ -17,7 +17,7 @@ KEYS = ("products", "by default")  # of a row of the survey: proven, and of thes
 
 def test_the_examples_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
@@ -161,7 +161,9 @@ def rows_of_translation(name):
             yield f"| {variant} | {found['parameters']:,} | {' | '.join(cells)} |"
 
 
-@pytest.mark.parametrize("name", ["low_rank_translation", "spectron_translation", "spectron_decay"])
+@pytest.mark.parametrize(
+    "name", ["low_rank_translation", "spectron_translation", "spectron_long", "spectron_width", "spectron_decay"]
+)
 def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
     text = (RESULTS / "README.md").read_text()
     rows = list(rows_of_translation(f"{name}_cpu.json"))

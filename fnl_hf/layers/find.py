@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..config import FNLConfig, ends_with
+from ..config import FNLConfig
 from ..leaves import is_plain_linear
+from ..names import ends_with
 from ..plan import Candidate
 from .target import LayerTarget, layer_class
 

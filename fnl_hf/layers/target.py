@@ -126,8 +126,12 @@ class LayerTarget(Target):
         return (Activation(self.name, "input", lambda x: x[None], spread),)
 
     def output(self) -> Activation | None:
-        """What it puts out; of a convolution, whose matrix has further rows, not known."""
-        return None if self.kind == "conv" else Activation(self.name, "output", lambda x: x[None])
+        """What it puts out: of a layer whose weight is a table too each feature for itself, of a convolution, whose
+        matrix has further rows, not known."""
+        if self.kind == "conv":
+            return None
+        alone = self.kind == "linear" and self.tied
+        return Activation(self.name, "output", None if alone else lambda x: x[None])
 
     def flaw(self, model: nn.Module | None = None) -> str | None:
         if (flaw := super().flaw(model)) or model is None:
