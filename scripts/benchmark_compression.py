@@ -299,7 +299,7 @@ def table(results: Mapping[str, Any]) -> list[str]:
     dense, middle = results["dense"], ratios[len(ratios) // 2]
     whole = " | ".join([f"{dense['quality']:.2f}"] * len(ratios))
     lines = [f"| dense | {whole} | |"]
-    for method, rows in found.items():
+    for method, rows in ((label, found[label]) for label, _ in METHODS.values() if label in found):
         cells = [f"{rows[ratio]['quality']:.2f}" if ratio in rows else "" for ratio in ratios]
         seconds = f"{rows[middle]['seconds']:.0f}" if middle in rows else ""
         lines.append(f"| {method} | {' | '.join(cells)} | {seconds} |")
