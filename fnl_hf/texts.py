@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 BATCH = 16
+LINES = 1000  # that are tokenized together
 
 
 def text_batches(
@@ -68,6 +69,33 @@ def encoded_texts(
         return [dict(tokenizer(*row, **options)) for row in rows]
     targets = (tokenizer(text_target=row[-1], **options)["input_ids"] for row in rows)
     return [dict(tokenizer(row[0], **options)) | {"labels": labels} for row, labels in zip(rows, targets, strict=True)]
+
+
+def blocks(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, length: int = 128, limit: int | None = None
+) -> torch.Tensor:
+    """The lines of a text file as one stream of tokens, cut into blocks, (blocks, length), for a causal language model.
+
+    The end of a line is the tokenizer's ``eos_token``, if it has one; what is left over at the end is dropped.
+
+    Args:
+        limit: the first blocks only.
+
+    Raises:
+        ValueError: The text is shorter than a block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    lines = [" ".join(row) for row in _rows(Path(path), ())]
+    stream: list[int] = []
+    for start in range(0, len(lines), LINES):
+        for ids in tokenizer(lines[start : start + LINES], add_special_tokens=False)["input_ids"]:
+            stream += ids + end
+        if limit is not None and len(stream) >= limit * length:
+            break
+    count = min(len(stream) // length, limit or len(stream))
+    if not count:
+        raise ValueError(f"{path} has {len(stream)} tokens, not one block of {length}: give a longer text")
+    return torch.tensor(stream[: count * length]).view(count, length)
 
 
 class TextCollator:

@@ -15,21 +15,17 @@ Spearman's correlation of their cosines with the scores.
 
 import argparse
 import copy
-import csv
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import transformers as tf
-from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import nn
 
 import fnl_hf
-from fnl_hf.tasks.running import InputError, open_text, run_main, write_json
+from fnl_hf.tasks.running import run_main, write_json
+from fnl_hf.tasks.similarity import read_scored_pairs, similarity
 from fnl_hf.texts import text_batches
 
-BATCH = 64  # sentences
 FEED_FORWARD = r".*\.\d+\.(intermediate|output)\.dense"  # of BERT
 EMBEDDING = ["word_embeddings"]
 RATIOS = (0.8, 0.65, 0.5, 0.35)
@@ -57,39 +53,6 @@ def all_settings() -> dict[str, dict[str, dict]]:
         "target_ratio, uniform": {str(ratio): {"target_ratio": ratio} for ratio in RATIOS},
         "target_ratio, error": {str(r): {"target_ratio": r, "rank_allocation": "error"} for r in RATIOS[:3]},
     }
-
-
-def read_pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
-    """Pairs of sentences, and their scores."""
-    with open_text(path) as file:
-        rows = list(csv.reader(file))
-    try:
-        return [(first, second) for first, second, _ in rows], [float(score) for *_, score in rows]
-    except ValueError as error:
-        raise InputError(f"{path}: expected rows of sentence, sentence, score, without a header ({error}).") from error
-
-
-@torch.no_grad()
-def embedded(model: nn.Module, tokenizer, sentences: Sequence[str]) -> dict[str, Tensor]:
-    """sentence -> the mean of its last hidden states, of length 1; sentences of about one length share a batch."""
-    model.eval()
-    sentences = sorted(set(sentences))
-    encoded = tokenizer(sentences, truncation=True, max_length=256)["input_ids"]
-    ordered, vectors = sorted(range(len(sentences)), key=lambda i: len(encoded[i])), {}
-    for start in range(0, len(ordered), BATCH):
-        batch = ordered[start : start + BATCH]
-        inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt")
-        mask = inputs["attention_mask"][..., None]
-        means = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-        vectors |= zip((sentences[i] for i in batch), nn.functional.normalize(means, dim=-1), strict=True)
-    return vectors
-
-
-def similarity(model: nn.Module, tokenizer, pairs: Sequence[tuple[str, str]], scores: Sequence[float]) -> float:
-    """100 times the correlation, by ranks, of cosines and scores."""
-    vectors = embedded(model, tokenizer, [sentence for pair in pairs for sentence in pair])
-    cosines = [float(vectors[first] @ vectors[second]) for first, second in pairs]
-    return round(100 * float(spearmanr(cosines, scores).statistic), 2)
 
 
 def parameters(model: nn.Module) -> int:
@@ -125,7 +88,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (PNG)")
     options = parser.parse_args()
     tf.logging.set_verbosity_error()
-    pairs, scores = read_pairs(options.pairs)
+    pairs, scores = read_scored_pairs(options.pairs)
     tokenizer = tf.AutoTokenizer.from_pretrained(options.model)
     model = tf.AutoModel.from_pretrained(options.model, attn_implementation="eager")  # faster on sentences this short
     dense = {"parameters": parameters(model), "similarity": similarity(model, tokenizer, pairs, scores)}

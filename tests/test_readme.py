@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark_inference
+from scripts import benchmark_compression, benchmark_inference
 from scripts.benchmark_layers import bounds, numbers, table
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +140,27 @@ def test_the_figures_of_inference_are_those_of_the_results():
     (half,) = (row for row in figures if "0.766" in row["setting"] and row["batch"] == 32)
     speed = half["times dense"]["for inference"]["median"]
     assert speed > 1.3 and f"comes {speed:.2f} times the dense" in " ".join(README.read_text().split())
+
+
+@pytest.mark.parametrize("task", benchmark_compression.TASKS)
+def test_the_figures_of_compression_are_those_of_the_results(task):
+    results = json.loads((RESULTS / f"compression_{task}_cpu.json").read_text())
+    text = (RESULTS / "README.md").read_text()
+    assert all(row in text for row in benchmark_compression.table(results))
+    assert f"{results['dense']['parameters']:,} parameters" in " ".join(text.split())
+
+
+def test_what_the_readme_says_of_compression_is_in_the_tables():
+    text = " ".join(README.read_text().split())
+    for task, ratio, shown in (
+        ("sentences", 0.5, "at half of its parameters {} and {} of {} (STS"),
+        ("language", 0.4, "at 40 % a perplexity of {} and {}, dense {}"),
+        ("translation", 0.8, "at 80 % a BLEU of {} and {}, dense {}"),
+    ):
+        results = json.loads((RESULTS / f"compression_{task}_cpu.json").read_text())
+        found = {row["method"]: row["quality"] for row in results["rows"] if row["ratio"] == ratio}
+        methods = (found[benchmark_compression.METHODS[name][0]] for name in ("plain", "loss"))
+        assert shown.format(*(f"{value:.2f}" for value in (*methods, results["dense"]["quality"]))) in text
 
 
 def rows_of_translation(name):
