@@ -6,6 +6,12 @@
         --test stsb/dev.csv.gz --json scripts/results/compression_sentences_cpu.json \\
         --plot scripts/results/compression_sentences_cpu.png
 
+    # the same on texts as long as those that it will see: sentences, not paragraphs
+    xz -dc wikitext-2/train.txt.xz | grep -v '^ *=' | sed 's/ \\. / .\\n/g' \\
+        | awk 'length > 20 && length < 400' > one.txt
+    python scripts/benchmark_compression.py --task sentences --model $MODEL --calibration one.txt --samples 1500 \\
+        --test stsb/dev.csv.gz --methods loss taught --json scripts/results/compression_taught_cpu.json
+
     python scripts/make_language_model.py wikitext-2/train.txt.xz runs/language
     python scripts/benchmark_compression.py --task language --model runs/language \\
         --calibration wikitext-2/train.txt.xz --test wikitext-2/valid.txt.gz
@@ -24,7 +30,8 @@ Every row starts from the trained model and leaves it that share of all its para
 - activation: the best factors on calibration data, the objective of SVD-LLM (Wang et al., 2024), with shrinkage;
 - error: and ranks by the errors;
 - loss: and errors, also those that ranks go by, weighed by what they cost the outputs of the model;
-- compressed: and each product fitted to the inputs that it gets in the compressed model.
+- compressed: and each product fitted to the inputs that it gets in the compressed model;
+- taught (of sentences): as loss, and then --teach steps in which it learns from the dense model, on all lines.
 
 Sentences: 100 times Spearman's correlation of cosines and scores, of rows (sentence, sentence, score) without a header.
 Language: perplexity of the first blocks of a text. Translation: BLEU of the first pairs of the test set that ships,
@@ -53,14 +60,15 @@ from torch import Tensor, nn
 
 import fnl_hf
 from fnl_hf.algebra.weighted import of_weight
+from fnl_hf.compression import teach
 from fnl_hf.distillation import Teacher
 from fnl_hf.tasks.running import InputError, run_main, write_json
 from fnl_hf.tasks.similarity import read_scored_pairs, similarity
 from fnl_hf.tasks.translation import DataArguments, TranslationCollator, encode, sacrebleu_scores, translate
 from fnl_hf.tasks.translation.corpus import read_pairs, shipped_text
-from fnl_hf.texts import blocks, text_batches
+from fnl_hf.texts import blocks, encoded_texts, text_batches
 
-FISHER = "fwsvd"
+FISHER, TAUGHT = "fwsvd", "taught"
 ACTIVATION = {"init": "activation"}
 BY_LOSS = ACTIVATION | {"rank_allocation": "loss"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (in tables, fields of an `FNLConfig`)
@@ -70,6 +78,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (in tables, fields
     "error": ("activation, ranks by error", ACTIVATION | {"rank_allocation": "error"}),
     "loss": ("activation, errors and ranks by loss", BY_LOSS),
     "compressed": ("the same, inputs as compressed", BY_LOSS | {"calibration_inputs": "compressed"}),
+    TAUGHT: ("by loss, and taught", BY_LOSS),
 }
 BATCH, BEAMS = 16, 4
 
@@ -83,6 +92,7 @@ class Task:
     Attributes:
         measure: what ``quality`` gives, in words.
         settings: for the record.
+        teach: has a compressed model learn from the dense one, where the task says how.
     """
 
     model: tf.PreTrainedModel
@@ -90,6 +100,7 @@ class Task:
     quality: Callable[[nn.Module], float]
     measure: str
     settings: dict[str, Any] = field(default_factory=dict)
+    teach: Callable[[nn.Module], None] | None = None
 
 
 def _given(options: argparse.Namespace, *names: str) -> None:
@@ -108,7 +119,14 @@ def sentences(options: argparse.Namespace) -> Task:
     quality = partial(similarity, tokenizer=tokenizer, pairs=pairs, scores=scores)
     batches = text_batches(options.calibration, tokenizer, model, samples)
     settings = {"calibration lines": samples, "test pairs": len(pairs)}
-    return Task(model, batches, quality, "100 x Spearman's correlation", settings)
+
+    def taught(small: nn.Module) -> None:
+        texts = encoded_texts(options.calibration, tokenizer, model, length=64)
+        teach(small, model, texts, tokenizer, options.teach, progress=False)
+
+    if TAUGHT in options.methods:
+        settings["steps of learning"] = options.teach
+    return Task(model, batches, quality, "100 x Spearman's correlation", settings, taught)
 
 
 def language(options: argparse.Namespace) -> Task:
@@ -249,6 +267,8 @@ def compressed(task: Task, method: str, ratio: float, collected: Collected) -> n
     if method == FISHER:
         rows = collected.once("fisher", ["rows"], lambda _: {"rows": fisher_rows(task.model, task.batches)})
         weigh_rows(small, task.model, rows["rows"])
+    if method == TAUGHT:
+        task.teach(small)
     return small
 
 
@@ -335,13 +355,17 @@ def main() -> None:
     parser.add_argument("--test", type=Path, metavar="FILE", help="scored pairs (CSV), or a text")
     parser.add_argument("--samples", type=int, metavar="N", help="of the calibration: lines, blocks or pairs")
     parser.add_argument("--limit", type=int, default=400, metavar="N", help="test blocks or pairs (default: 400)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    usual = [method for method in METHODS if method != TAUGHT]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=usual, metavar="NAME")
+    parser.add_argument("--teach", type=int, default=240, metavar="STEPS", help="of learning (default: 240)")
     parser.add_argument("--ratios", nargs="+", type=float, help="parameters after / before")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there (PNG)")
     options = parser.parse_args()
     tf.logging.set_verbosity_error()
     task = TASKS[options.task](options)
+    if TAUGHT in options.methods and task.teach is None:
+        raise InputError(f"--task {options.task} has no texts to learn from. Leave {TAUGHT} out of --methods.")
     dense = {"parameters": parameters(task.model), "quality": task.quality(task.model)}
     results = {"task": options.task, "measure": task.measure, "settings": task.settings, "dense": dense}
     results["rows"] = earlier_rows(options.json, results)

@@ -250,15 +250,15 @@ def test_non_finite_weights_are_refused_and_nothing_changes(value):
 def test_a_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
     model, _ = build("bert")
     before = copy.deepcopy(model)
-    real, calls = fnl_hf.patching.initial_factors, []
+    real, calls = fnl_hf.fitting.initial_factors, []
 
-    def fails_at_the_third(*args):
+    def fails_at_the_third(*args, **more):
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        return real(*args)
+        return real(*args, **more)
 
-    monkeypatch.setattr(fnl_hf.patching, "initial_factors", fails_at_the_third)
+    monkeypatch.setattr(fnl_hf.fitting, "initial_factors", fails_at_the_third)
     with pytest.raises(RuntimeError, match="out of memory"):
         fnl_hf.factorize(model, fnl_hf.FNLConfig(head_rank=0.5))
     assert repr(model) == repr(before)

@@ -117,8 +117,8 @@ def load_student(job: Job, tokenizer: PreTrainedTokenizerBase, length: int) -> P
     check_fit(model, tokenizer, length, "--max_seq_length")
     if not factorizations(model):
         raise InputError(
-            f"{job.model_args.model_name_or_path} is dense. Give what `fnl-hf compress` makes of it, or add --factorize "
-            "and what it is to become (--target_ratio 0.5)."
+            f"{job.model_args.model_name_or_path} is dense. Give what `fnl-hf compress` makes of it, or add "
+            "--factorize and what it is to become (--target_ratio 0.5)."
         )
     return model
 
