@@ -10,9 +10,10 @@
 
 Of every seed one dense model is fine-tuned, and all arms start from it: half of all parameters (target_ratio=0.5), or
 the heads alone at half of their rank (head_rank=0.5), by each initialisation; "activation" looks at texts of the
-training set. Each is scored as it is compressed, and after fine-tuning with each coefficient of decoupled Frobenius
-decay (0: the factors take weight decay, like all else). Accuracy of tables, exact match and F1 of questions, percent.
-What --json holds already is not run again: the same command goes on where it was stopped.
+training set. The arm "dense" is the model itself. Each arm is scored as it is compressed, and after the same further
+fine-tuning with each coefficient of decoupled Frobenius decay (0: the factors take weight decay, like all else).
+Accuracy of tables, exact match and F1 of questions, in percent. What --json holds already is not run again: the same
+command goes on where it was stopped.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from fnl_hf.texts import text_batches
 
 INITS = ("spectral", "default", "activation")
 ARMS = {
+    "dense": None,
     **{f"half, {init}": {"target_ratio": 0.5, "init": init} for init in INITS},
     "half, activation, ranks by loss": {"target_ratio": 0.5, "init": "activation", "rank_allocation": "loss"},
     **{f"heads at 0.5, {init}": {"head_rank": 0.5, "init": init} for init in INITS},
@@ -115,6 +117,7 @@ def trainer(model, task, tokenizer, folder: str, options: argparse.Namespace, se
         save_strategy="no",
         logging_steps=25,
         report_to="none",
+        log_factorizations=False,
         disable_tqdm=True,
         **arguments,
     )
@@ -151,6 +154,15 @@ def calibration(task, tokenizer, model, options: argparse.Namespace) -> list[dic
         path = Path(folder) / "texts.tsv"
         path.write_text("".join("\t".join(" ".join(t.split()) for t in text) + "\n" for text in task.texts))
         return text_batches(path, tokenizer, model, options.samples, options.length)
+
+
+def compressed(dense, task, tokenizer, fields: dict | None, options: argparse.Namespace):
+    """A copy of the model, factorized if there are fields of a config."""
+    model = copy.deepcopy(dense)
+    if fields is None:
+        return model
+    texts = calibration(task, tokenizer, model, options) if fields["init"] == "activation" else None
+    return fnl_hf.factorize(model, fnl_hf.FNLConfig(**fields), calibration=texts)
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -190,9 +202,8 @@ def run(options: argparse.Namespace) -> dict:
             row = rows["arms"].setdefault(arm, {"tuned": {}})
             if f"{decay:g}" in row["tuned"]:
                 continue
-            texts = calibration(task, tokenizer, dense, options) if ARMS[arm]["init"] == "activation" else None
-            model = fnl_hf.factorize(copy.deepcopy(dense), fnl_hf.FNLConfig(**ARMS[arm]), calibration=texts)
-            if "compressed" not in row:
+            model = compressed(dense, task, tokenizer, ARMS[arm], options)
+            if "compressed" not in row and ARMS[arm]:
                 row["parameters"] = model.num_parameters()
                 note(row, "compressed", score(model, task, tokenizer, options), f"seed {seed}, {arm}")
             fine_tune(model, task, tokenizer, options, seed, options.steps, options.learning_rate, decay)
@@ -209,9 +220,15 @@ def table(name: str, found: dict) -> Iterator[str]:
     for metric in METRICS[name]:
         yield f"| {metric.replace('_', ' ')} | parameters | as compressed | {' | '.join(tuned)} |"
         yield f"| {' | '.join(['---'] * (3 + len(tuned)))} |"
-        yield f"| dense | 100 % | {cell([seed.get('dense') for seed in seeds], metric)} |{' |' * len(tuned)}"
-        for arm in dict.fromkeys(arm for seed in seeds for arm in seed["arms"]):
+        for arm in ARMS:
             rows = [seed["arms"].get(arm, {"tuned": {}}) for seed in seeds]
+            if arm == "dense":
+                rows = [
+                    row | {"parameters": seed["parameters"], "compressed": seed["dense"]}
+                    for row, seed in zip(rows, seeds, strict=True)
+                ]
+            if not any("compressed" in row for row in rows):
+                continue
             share = next(f"{row['parameters'] / seeds[0]['parameters']:.1%}" for row in rows if "parameters" in row)
             cells = [cell([row.get("compressed") for row in rows], metric)]
             cells += [cell([row["tuned"].get(key) for row in rows], metric) for key in coefficients]
@@ -230,12 +247,12 @@ def main() -> None:
     what.add_argument("--show", type=Path, metavar="FILE", help="print the tables of what --json wrote")
     parser.add_argument("--model", metavar="DIR", help="an encoder and its tokenizer")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compressed"), help="of the dense models")
-    parser.add_argument("--train_rows", type=int, default=3200, help="drawn at random (default: %(default)s)")
+    parser.add_argument("--train_rows", type=int, default=6400, help="drawn at random (default: %(default)s)")
     parser.add_argument("--dev_rows", type=int, help="of tables the first, of questions drawn at random; or all")
     parser.add_argument("--length", type=int, default=64, help="tokens (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--dense_steps", type=int, default=100, help="of the dense model (default: %(default)s)")
-    parser.add_argument("--dense_learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
+    parser.add_argument("--dense_steps", type=int, default=200, help="of the dense model (default: %(default)s)")
+    parser.add_argument("--dense_learning_rate", type=float, default=3e-4, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="of a compressed one (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="(default: %(default)s)")
     parser.add_argument("--samples", type=int, default=512, help="texts to calibrate on (default: %(default)s)")

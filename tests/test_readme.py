@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark_inference
+from scripts import benchmark_inference, compare_compressed
 from scripts.benchmark_layers import bounds, numbers, table
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +140,13 @@ def test_the_figures_of_inference_are_those_of_the_results():
     (half,) = (row for row in figures if "0.766" in row["setting"] and row["batch"] == 32)
     speed = half["times dense"]["for inference"]["median"]
     assert speed > 1.3 and f"comes {speed:.2f} times the dense" in " ".join(README.read_text().split())
+
+
+def test_the_figures_of_compressed_models_are_those_of_the_results():
+    text = (RESULTS / "README.md").read_text()
+    for name, found in json.loads((RESULTS / "compressed_minilm_cpu.json").read_text()).items():
+        rows = list(compare_compressed.table(name, found))
+        assert len(rows) > 5 and all(row in text for row in rows)
 
 
 def rows_of_translation(name):
