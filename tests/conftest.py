@@ -7,11 +7,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for every core
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import logging  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """As it was: scripts that a test runs in this process set it."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module")

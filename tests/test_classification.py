@@ -371,3 +371,23 @@ def test_help_shows_commands(monkeypatch, capsys):
     assert "\n    python scripts/run_classification.py --model_name_or_path" in help_of(
         monkeypatch, capsys, "run_classification.py"
     )
+
+
+def test_a_comparison_of_compressed_models_goes_on_where_it_was_stopped(monkeypatch, tmp_path, bert, reviews, capsys):
+    pytest.importorskip("sklearn")
+    path, arms = tmp_path / "figures.json", ["half, activation, ranks by loss", "heads at 0.5, default"]
+    options = {"model": bert, "table": [reviews, reviews], "seeds": [1], "length": 16, "batch": 8, "json": path}
+    options |= {"dense_steps": 1, "steps": 1, "samples": 8, "output_dir": tmp_path / "runs"}
+    run_script(monkeypatch, "compare_compressed.py", **options, arms=arms[:1], decays=[0])
+    (row,) = json.loads(path.read_text())["table"]["seeds"]["1"]["arms"].values()
+    assert set(row["tuned"]) == {"0"} and 0 <= row["compressed"]["accuracy"] <= 100
+    capsys.readouterr()
+    run_script(monkeypatch, "compare_compressed.py", **options, arms=arms, decays=[0, 0.1])
+    printed = capsys.readouterr().out
+    assert "dense:" not in printed and printed.count("at decay 0:") == 1 and printed.count("at decay 0.1:") == 2
+    rows = json.loads(path.read_text())["table"]["seeds"]["1"]
+    assert list(rows["arms"]) == arms and rows["arms"][arms[0]]["parameters"] <= rows["parameters"] / 2
+    capsys.readouterr()
+    run_script(monkeypatch, "compare_compressed.py", show=path)
+    assert capsys.readouterr().out in printed
+    assert "was made with" in refusal(monkeypatch, capsys, "compare_compressed.py", **options | {"steps": 2})

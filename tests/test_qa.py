@@ -829,3 +829,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
 
 def test_help_shows_commands(monkeypatch, capsys):
     assert "\n    python scripts/run_qa.py --model_name_or_path runs/mlm" in help_of(monkeypatch, capsys, "run_qa.py")
+
+
+def test_a_comparison_of_compressed_models_answers_questions(monkeypatch, tmp_path, bert, files):
+    path = tmp_path / "figures.json"
+    options = {"model": bert, "squad": [files["train_file"], files["validation_file"]], "seeds": [1], "decays": [0]}
+    options |= {"length": 48, "dense_steps": 1, "steps": 1, "samples": 8, "output_dir": tmp_path / "runs", "json": path}
+    run_script(monkeypatch, "compare_compressed.py", **options, arms=["half, activation"], dev_rows=4)
+    found = json.loads(path.read_text())["squad"]
+    assert found["settings"]["dev"] == 4
+    for scores in (found["seeds"]["1"]["dense"], *found["seeds"]["1"]["arms"]["half, activation"]["tuned"].values()):
+        assert 0 <= scores["exact_match"] <= scores["f1"] <= 100
