@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import benchmark_compression, benchmark_inference
-from scripts import benchmark_inference, compare_compressed
+from scripts import benchmark_compression, benchmark_inference, compare_compressed
 from scripts.benchmark_layers import bounds, numbers, table
 
 ROOT = Path(__file__).parents[1]
