@@ -161,6 +161,8 @@ def test_what_the_readme_says_of_compression_is_in_the_tables():
         found = {row["method"]: row["quality"] for row in results["rows"] if row["ratio"] == ratio}
         methods = (found[benchmark_compression.METHODS[name][0]] for name in ("plain", "loss"))
         assert shown.format(*(f"{value:.2f}" for value in (*methods, results["dense"]["quality"]))) in text
+
+
 def test_the_figures_of_compressed_models_are_those_of_the_results():
     text = (RESULTS / "README.md").read_text()
     for name, found in json.loads((RESULTS / "compressed_minilm_cpu.json").read_text()).items():
