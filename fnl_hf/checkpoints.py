@@ -47,6 +47,7 @@ def load_model(directory: Path) -> transformers.PreTrainedModel:
 
 
 def refuse_existing(out: Path) -> None:
+    """Raises a ValueError where something would be written over: OUT is a link, a file, or a folder that holds some."""
     if out.is_symlink():
         raise ValueError(f"{out} is a symbolic link: give the directory that it points to, or another OUT")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -241,7 +241,10 @@ def test_labels_of_a_classifier_are_no_mask(outputs):
     batch["input_ids"][:, -1] = model.config.eos_token_id
     batch["input_ids"][:, :-1].clamp_(min=5)
     config = fnl_hf.FNLConfig(init="activation", target_modules="all", target_ratio=0.9, calibration_outputs=outputs)
+    before = sum(parameter.numel() for parameter in model.parameters())
     fnl_hf.factorize(model, config, calibration=[batch])
+    assert fnl_hf.factorizations(model)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 0.9 * before
 
 
 @pytest.mark.parametrize(
