@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import launcher
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 _PROCESS = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -108,8 +110,7 @@ def kill_and_repeat(name: str, out: Path, after: int, **values) -> dict:
 
 def run_on_two_processes(name: str, **values) -> str:
     """Run a script by torchrun, two processes on the CPU; returns what they printed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, SCRIPTS / name, *flags(**values)]
+    command = [*launcher(2), SCRIPTS / name, *flags(**values)]
     done = subprocess.run(command, env=os.environ | _PROCESS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,15 +1,11 @@
 """Two gloo processes on the CPU against one: the same update, with unequal numbers of labels."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import run_job
 
 CASES = {
     "coupled": ("marian", "sgd", "coupled", "start"),
@@ -21,7 +17,6 @@ CASES = {
 
 JOB = """
 import json, sys, torch
-sys.path.insert(0, {root!r})
 import fnl_hf
 from tests.test_trainer import examples, make_model
 from transformers import default_data_collator
@@ -32,9 +27,9 @@ for case, (model_type, optim, mode, at) in json.loads(sys.argv[4]).items():
     model = make_model(model_type).double()
     if at == "start":
         fnl_hf.factorize(model, config)
-    optimizer = {{"fnl_optim" if optim == "spectron" else "optim": optim}}
+    optimizer = {"fnl_optim" if optim == "spectron" else "optim": optim}
     args = fnl_hf.FNLTrainingArguments(
-        output_dir=f"{{out}}/{{case}}", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        output_dir=f"{out}/{case}", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
         max_steps=3, learning_rate=0.05, **optimizer, lr_scheduler_type="constant", report_to="none", use_cpu=True,
         save_strategy="no", disable_tqdm=True, frobenius_decay=0.05, frobenius_decay_mode=mode, max_grad_norm=1.0,
         weight_decay=0.01, train_sampling_strategy="sequential", factorize_at=None if at == "start" else at,
@@ -45,8 +40,7 @@ for case, (model_type, optim, mode, at) in json.loads(sys.argv[4]).items():
     )
     trainer.train()
     if trainer.is_world_process_zero():
-        torch.save({{n: parameter.detach() for n, parameter in model.named_parameters()}}, f"{{out}}/{{case}}.pt")
-trainer.accelerator.end_training()
+        torch.save({n: parameter.detach() for n, parameter in model.named_parameters()}, f"{out}/{case}.pt")
 """
 
 
@@ -54,15 +48,9 @@ trainer.accelerator.end_training()
 def trained(tmp_path_factory):
     """Processes -> the directory where all cases, trained by so many of them, left their weights."""
     root = tmp_path_factory.mktemp("distributed")
-    script = root / "job.py"
-    script.write_text(JOB.format(root=str(ROOT)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for processes, batch, accumulate, words in ((1, 8, 1, []), (2, 2, 2, launcher)):
+    for processes, batch, accumulate in ((1, 8, 1), (2, 2, 2)):
         (root / str(processes)).mkdir()
-        command = [sys.executable, *words, str(script), str(batch), str(accumulate), str(root / str(processes))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, json.dumps(CASES)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = run_job(root, JOB, processes, batch, accumulate, root / str(processes), json.dumps(CASES))
         switches = sum(at != "start" for *_, at in CASES.values())
         assert done.stderr.count("fnl_hf: what is decayed") == len(CASES) + switches  # not once per process
     return {processes: root / str(processes) for processes in (1, 2)}

@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +13,9 @@ import fnl_hf
 from fnl_hf.algebra import dlrt
 from fnl_hf.ranks import adaptive
 from fnl_hf.rules import RankAdaptation, Rule
+from tests.processes import run_job
 from tests.test_trainer import examples, make_model
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = fnl_hf.FNLConfig(attention=(), target_modules="all", rank=0.25)
 ARGUMENTS = {
@@ -653,7 +649,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 JOB = """
 import sys, torch
-sys.path.insert(0, {root!r})
 import fnl_hf
 from tests.test_dlrt import ARGUMENTS, LAYERS, adaptive
 from tests.test_trainer import examples, make_model
@@ -661,32 +656,25 @@ from tests.test_trainer import examples, make_model
 batch, accumulate, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 for optim, rate in (("sgd", 0.1), ("adamw_torch", 1e-3)):
     model = fnl_hf.factorize(make_model("bert").double(), LAYERS)
-    options = ARGUMENTS | {{"optim": optim, "learning_rate": rate, "max_steps": 5, "rank_interval": 2}}
-    options |= {{"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}}
-    args = fnl_hf.FNLTrainingArguments(output_dir=out, **options | {{"frobenius_decay": 0.05}})
+    options = ARGUMENTS | {"optim": optim, "learning_rate": rate, "max_steps": 5, "rank_interval": 2}
+    options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
+    args = fnl_hf.FNLTrainingArguments(output_dir=out, **options | {"frobenius_decay": 0.05})
     trainer = fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert") * 3)
     trainer.train()
-    whole = {{each.name: each.layers[0].composed().detach() for each in adaptive(model)}}
-    whole |= {{name: p.detach() for name, p in model.named_parameters() if p.dim() == 1}}
-    torch.save(whole, f"{{out}}/{{optim}}-{{trainer.args.process_index}}.pt")
-    ranks = {{each.name: each.rank for each in adaptive(model)}}
-    torch.save(ranks, f"{{out}}/{{optim}}-ranks-{{trainer.args.process_index}}.pt")
-trainer.accelerator.end_training()
+    whole = {each.name: each.layers[0].composed().detach() for each in adaptive(model)}
+    whole |= {name: p.detach() for name, p in model.named_parameters() if p.dim() == 1}
+    torch.save(whole, f"{out}/{optim}-{trainer.args.process_index}.pt")
+    ranks = {each.name: each.rank for each in adaptive(model)}
+    torch.save(ranks, f"{out}/{optim}-ranks-{trainer.args.process_index}.pt")
 """
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_ranks_and_make_the_update_of_one(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(JOB.format(root=str(ROOT)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for processes, batch, accumulate, words in ((1, 8, 1, []), (2, 2, 2, launcher)):
+    for processes, batch, accumulate in ((1, 8, 1), (2, 2, 2)):
         out = tmp_path / str(processes)
         out.mkdir()
-        command = [sys.executable, *words, str(script), str(batch), str(accumulate), str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_job(tmp_path, JOB, processes, batch, accumulate, out)
     for optim in ("sgd", "adamw_torch"):
         one, *both = (torch.load(tmp_path / place / f"{optim}-{i}.pt") for place, i in (("1", 0), ("2", 0), ("2", 1)))
         counts = [torch.load(tmp_path / place / f"{optim}-ranks-{i}.pt") for place, i in (("1", 0), ("2", 0), ("2", 1))]

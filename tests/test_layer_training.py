@@ -1,11 +1,7 @@
 """Training layers of factors: decay by kind, resuming, a warm start, two processes and shards equal one process."""
 
 import copy
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +9,11 @@ from torch.testing import assert_close
 
 import fnl_hf
 from fnl_hf.warm_start import switch
+from tests.processes import run_job
 from tests.test_trainer import examples, make_model
 from tests.test_warm_start import make_trainer, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).parents[1]
 
 
 def layers(**fields):
@@ -122,7 +118,6 @@ def test_the_momentum_of_a_layer_becomes_that_of_its_factors():
 
 DDP = """
 import sys, torch
-sys.path.insert(0, {root!r})
 import fnl_hf
 from tests.test_trainer import examples, make_model
 from transformers import default_data_collator
@@ -144,20 +139,8 @@ trainer = fnl_hf.FNLTrainer(
 )
 trainer.train()
 if trainer.is_world_process_zero():
-    torch.save({{name: parameter.detach() for name, parameter in model.named_parameters()}}, out)
-trainer.accelerator.end_training()
+    torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, out)
 """
-
-
-def launch(tmp_path, job, processes, *arguments):
-    script = tmp_path / "job.py"
-    script.write_text(job.format(root=str(ROOT)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -166,7 +149,7 @@ def test_two_processes_make_the_update_of_one(form, at, tmp_path):
     results = []
     for processes, batch, accumulate in ((1, 8, 1), (2, 2, 2)):
         out = tmp_path / f"{processes}.pt"
-        launch(tmp_path, DDP, processes, out, batch, accumulate, form, at)
+        run_job(tmp_path, DDP, processes, out, batch, accumulate, form, at)
         results.append(torch.load(out))
     one, two = results
     assert one.keys() == two.keys() and any(name.endswith(".right") for name in one)
@@ -180,7 +163,6 @@ import torch.distributed as dist
 import transformers as tf
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
-sys.path.insert(0, {root!r})
 import fnl_hf
 from fnl_hf import sharding
 from fnl_hf.decay import add_decay_gradients, decay_step, decayed
@@ -190,16 +172,16 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
 small = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=0, eos_token_id=2)
-models = {{
-    "bert": (tf.BertForMaskedLM(tf.BertConfig(**BERT)), {{}}),
+models = {
+    "bert": (tf.BertForMaskedLM(tf.BertConfig(**BERT)), {}),
     "bert, odd rank": (tf.BertForMaskedLM(tf.BertConfig(**BERT)), dict(rank=7)),
     "bert, full": (tf.BertForMaskedLM(tf.BertConfig(**BERT)), dict(rank=1.0, attention=())),
-    "gpt2": (tf.GPT2LMHeadModel(tf.GPT2Config(**small)), {{}}),
-}}
+    "gpt2": (tf.GPT2LMHeadModel(tf.GPT2Config(**small)), {}),
+}
 ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(rank))
 both = torch.cat([torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(r)) for r in (0, 1)])
 for name, (model, fields) in models.items():
-    settings = fnl_hf.FNLConfig(**{{"target_modules": "all", "rank": 0.5, **fields}})
+    settings = fnl_hf.FNLConfig(**{"target_modules": "all", "rank": 0.5, **fields})
     model = fnl_hf.factorize(model.double(), settings)
     for mode in ("coupled", "decoupled"):
         reference, sharded = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
@@ -207,10 +189,10 @@ for name, (model, fields) in models.items():
             if type(module).__name__ in ("BertLayer", "GPT2Block"):
                 fully_shard(module)
         fully_shard(sharded)
-        make = {{
+        make = {
             "coupled": lambda ps: torch.optim.SGD(ps, lr=0.05),
             "decoupled": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.0),
-        }}[mode]
+        }[mode]
         for replica, batch in ((reference, both), (sharded, ids)):
             optimizer = make(replica.parameters())
             for _ in range(2):
@@ -230,7 +212,7 @@ for name, (model, fields) in models.items():
             update = expected.detach() - start[key].detach()
             actual = got[key].full_tensor().detach() - start[key].detach()
             tolerance = dict(rtol=1e-6, atol=1e-10) if mode == "coupled" else dict(rtol=1e-4, atol=1e-7)
-            assert_close(actual, update, **tolerance, msg=lambda m: f"{{name}} {{mode}} {{key}} {{m}}")
+            assert_close(actual, update, **tolerance, msg=lambda m: f"{name} {mode} {key} {m}")
     if rank == 0:
         print("proven", name)
 deep = fnl_hf.factorize(tf.BertForMaskedLM(tf.BertConfig(**BERT)), fnl_hf.FNLConfig(target_modules="all", form="deep"))
@@ -240,14 +222,12 @@ try:
 except ValueError as error:
     if rank == 0:
         print(error)
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_shards_of_layers_train_and_decay_as_whole_ones(tmp_path):
-    said = launch(tmp_path, FSDP, 2)
+    said = run_job(tmp_path, FSDP, 2).stdout
     assert said.count("proven") == 4
     assert "bert.embeddings.word_embeddings has 3 factors: sharded products are supported with two" in said
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import fnl_hf
 from fnl_hf.tasks.running import record as records
 from fnl_hf.tasks.running.locking import LOCK
+from tests.processes import launcher
 from tests.script_runs import flags, refusal, run_script, same_weights, stopped_before
 from tests.test_classification import TINY as TINY_TABLE
 from tests.test_classification import bert, reviews, table  # noqa: F401
@@ -327,13 +328,12 @@ def test_the_lock_ends_with_its_process(tmp_path):
 @pytest.mark.slow
 def test_all_processes_of_a_run_decide_alike(monkeypatch, tmp_path, finished):
     out = shutil.copytree(finished, tmp_path / "out")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).parents[1] / "scripts" / TRANSLATION
     record = json.loads((out / "run.json").read_text())
     record["versions"]["processes"] = "2"
     (out / "run.json").write_text(json.dumps(record))
     for option, message in (({"seed": 7}, "holds a run with --seed 42, not 7"), ({}, "training is finished")):
-        command = [*launcher, script, *flags(**TINY | {"use_cpu": True, "output_dir": out} | option)]
+        command = [*launcher(2), script, *flags(**TINY | {"use_cpu": True, "output_dir": out} | option)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=110)
         assert message in done.stdout + done.stderr and (done.returncode == 0) == (option == {})
 

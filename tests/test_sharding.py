@@ -1,13 +1,8 @@
 """FSDP2 on two gloo processes: decay of sharded parameters equals that of whole ones, in every mode."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import run_job
 
 JOB = """
 import copy, sys, torch
@@ -15,7 +10,6 @@ import torch.distributed as dist
 import transformers as tf
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
-sys.path.insert(0, {root!r})
 import fnl_hf
 from fnl_hf import sharding
 from fnl_hf.decay import add_decay_gradients, decay_step, decay_terms, decayed
@@ -27,7 +21,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
 small = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=2, vocab_size=50, bos_token_id=0, eos_token_id=2)
-models = {{
+models = {
     "whole heads": (tf.BertForMaskedLM(tf.BertConfig(**BERT)), 1.0),
     "narrow heads": (tf.BertForMaskedLM(tf.BertConfig(**BERT)), 0.5),
     "cut heads": (tf.BertForMaskedLM(tf.BertConfig(**(BERT | dict(hidden_size=24, num_attention_heads=3)))), 1.0),
@@ -35,7 +29,7 @@ models = {{
     "rotary, grouped": (
         tf.LlamaForCausalLM(tf.LlamaConfig(**small, num_attention_heads=4, num_key_value_heads=2)), 1.0
     ),
-}}
+}
 gathered = 0
 whole_factor = sharding.DTensor.full_tensor
 def counting(self, *args, **kwargs):
@@ -55,11 +49,11 @@ for name, (model, head_rank) in models.items():
             if type(module).__name__ in ("BertLayer", "GPT2Block", "LlamaDecoderLayer"):
                 fully_shard(module)
         fully_shard(sharded)
-        make = {{
+        make = {
             "coupled": lambda ps: torch.optim.SGD(ps, lr=0.05),
             "decoupled": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.0),
             "lamb": lambda ps: Lamb(ps, lr=0.01),
-        }}[mode]
+        }[mode]
         for replica, batch in ((reference, both), (sharded, ids)):
             optimizer = make(replica.parameters())
             for _ in range(2):
@@ -83,7 +77,7 @@ for name, (model, head_rank) in models.items():
             update = expected.detach() - start[key].detach()
             actual = got[key].full_tensor().detach() - start[key].detach()
             tolerance = dict(rtol=1e-6, atol=1e-10) if mode == "coupled" else dict(rtol=1e-4, atol=1e-7)
-            assert_close(actual, update, **tolerance, msg=lambda m: f"{{name}} {{mode}} {{key}} {{m}}")
+            assert_close(actual, update, **tolerance, msg=lambda m: f"{name} {mode} {key} {m}")
     whole, shards = (measurements(fnl_hf.factorizations(m)) for m in (reference, sharded))
     for kind in whole:
         for what, value in whole[kind].items():
@@ -92,16 +86,9 @@ for name, (model, head_rank) in models.items():
     gathered = 0
     if rank == 0:
         print("proven", name)
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_decay_of_shards_is_that_of_the_whole(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(JOB.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("proven") == 5
+    assert run_job(tmp_path, JOB, 2).stdout.count("proven") == 5

@@ -1,9 +1,7 @@
 """Batches by tokens: their bound, padding and order, the rate in the log, and two processes against one."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +25,7 @@ from fnl_hf.tasks.translation import (
     steps_of_epochs,
 )
 from fnl_hf.tasks.translation.corpus import shipped_text
+from tests.processes import run_job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -173,21 +172,13 @@ def losses_of_job() -> None:
     if trainer.is_world_process_zero():
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         (directory / f"losses-{accumulate}.json").write_text(json.dumps(history))
-    trainer.accelerator.end_training()
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_with_twice_the_batch(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.test_token_batches import losses_of_job\n"
-        "if __name__ == '__main__':\n    losses_of_job()\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for words in ([*launcher, str(script), str(tmp_path), "1"], [str(script), str(tmp_path), "2"]):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for processes, accumulate in ((2, 1), (1, 2)):
+        job = "from tests.test_token_batches import losses_of_job\nlosses_of_job()\n"
+        run_job(tmp_path, job, processes, tmp_path, accumulate)
     two, one = (json.loads((tmp_path / f"losses-{accumulate}.json").read_text()) for accumulate in (1, 2))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
