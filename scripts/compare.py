@@ -27,7 +27,7 @@ A recipe is a YAML or JSON file:
         script: run_mlm.py                # relative to the recipe, or in scripts/
         arguments: {train_file: "{data}/text.txt", max_steps: "{steps}"}
         metrics: [eval_loss]              # of all_results.json: columns of the table
-        curve: loss                       # of the log history: the plot against steps
+        curve: loss                       # of the log history: the plot against steps; several as a list
       squad:
         script: run_qa.py
         arguments: {model_name_or_path: "{pretrain}"}   # the directory of an earlier stage

@@ -502,14 +502,17 @@ def test_mean_and_spread(values, text):
 @pytest.fixture
 def finished(make, tmp_path):
     """A comparison of two variants whose records are written by hand: three seeds, one of which failed."""
-    path = make(seeds=[1, 2, 3])
+    path = make(seeds=[1, 2, 3], **with_stage(curve=["loss", "rank"]))
     recipe = read_recipe(path, SCRIPTS)
     runs = runs_of(recipe, tmp_path / "out", recipe.seeds)
     for run in runs:
         run.directory.mkdir(parents=True)
         failed = run.variant == "low" and run.seed == 3
         history = [{"step": step, "loss": run.seed / step} for step in range(1, 4 + run.seed)]
-        result = {"error": "boom", "exit_status": 1} if failed else {"parameters": 1000, "log_history": history}
+        history += [{"step": 4, "rank": 7}] if run.variant == "high" and run.stage.name == "first" else []
+        result = (
+            {"error": "boom", "exit_status": 1} if failed else {"parameters": 1000 * run.seed, "log_history": history}
+        )
         run.write(
             {"seed": run.seed, **run.settings, "wall_seconds": 1.5, "metrics": {"eval_score": run.seed}}
             | {"status": FAILED if failed else FINISHED}
@@ -520,18 +523,19 @@ def finished(make, tmp_path):
 
 def test_results_are_those_of_the_records(finished):
     results, _ = finished
-    assert results.values("low", "first", "eval_score") == [1, 2] and results.parameters("low") == 1000
-    assert results.curve("low", "first") == {1: [1, 2], 2: [1 / 2, 1], 3: [1 / 3, 2 / 3], 4: [1 / 4, 2 / 4]}
+    assert results.values("low", "first", "eval_score") == [1, 2] and results.parameters("low") == 1500
+    assert results.curve("low", "first", "loss") == {1: [1, 2], 2: [1 / 2, 1], 3: [1 / 3, 2 / 3], 4: [1 / 4, 2 / 4]}
     assert results.seconds("low") == [3.0, 3.0]
     summary = results.summary()
     first = summary["variants"]["low"]["first"]
     assert first["metrics"] == {"eval_score": {"1": 1, "2": 2}} and summary["failed"][0] == "low, seed 3, first"
-    assert first["curve"] == {"loss": results.curve("low", "first")}
+    assert first["curve"] == {"loss": results.curve("low", "first", "loss")}
+    assert summary["variants"]["high"]["first"]["curve"]["rank"] == {4: [7, 7, 7]}
     table = markdown(results)
     assert (
-        "| low | 1,000 | 1.5000 [1.0000..2.0000], n=2, 1 failed | 1.5000 [1.0000..2.0000], n=2, 1 failed | 3 |" in table
+        "| low | 1,500 | 1.5000 [1.0000..2.0000], n=2, 1 failed | 1.5000 [1.0000..2.0000], n=2, 1 failed | 3 |" in table
     )
-    assert "| high | 1,000 | 2.0000 ± 1.0000, n=3 | 2.0000 ± 1.0000, n=3 | 3 |" in table
+    assert "| high | 2,000 | 2.0000 ± 1.0000, n=3 | 2.0000 ± 1.0000, n=3 | 3 |" in table
     assert "Not finished" not in table
 
 
@@ -545,6 +549,7 @@ def test_plots_show_what_has_finished(finished, monkeypatch):
     results, out = finished
     assert [path.name for path in plot(results, out)] == ["curves.png", "parameters.png"]
     curves, parameters = drawn
+    assert [axes.get_ylabel() for axes in curves.axes] == ["first loss", "first rank", "second loss"]
     line = next(line for line in curves.axes[0].lines if len(line.get_xdata()) == 4)
     assert list(line.get_xdata()) == [1, 2, 3, 4] and list(line.get_ydata()) == [1.5, 0.75, 0.5, 0.375]
     assert [text.get_text() for text in curves.legends[0].get_texts()] == ["low", "high"]

@@ -10,7 +10,7 @@ _PANEL = (6.0, 4.5)  # inches
 
 
 def plot(results: Results, folder: str | Path) -> list[Path]:
-    """Draw what has finished: `curves.png`, a panel a stage, and `parameters.png`, a panel a metric.
+    """Draw what has finished: `curves.png`, a panel a curve, and `parameters.png`, a panel a metric.
 
     Lines and points are means over seeds, bands and bars go from the lowest to the highest.
 
@@ -42,9 +42,9 @@ def plot(results: Results, folder: str | Path) -> list[Path]:
         figure.savefig(folder / name, dpi=120)
         return folder / name
 
-    def curve(axes, variant, stage):
-        axes.set(xlabel="step", ylabel=f"{stage} {recipe.stages[stage].curve}")
-        points = results.curve(variant, stage)
+    def curve(axes, variant, stage, key):
+        axes.set(xlabel="step", ylabel=f"{stage} {key}")
+        points = results.curve(variant, stage, key)
         if not points:
             return False
         steps, values = list(points), points.values()
@@ -64,7 +64,7 @@ def plot(results: Results, folder: str | Path) -> list[Path]:
 
     stages = recipe.stages.values()
     files = (
-        draw("curves.png", [(stage.name,) for stage in stages], curve),
+        draw("curves.png", [(stage.name, key) for stage in stages for key in stage.curves], curve),
         draw(
             "parameters.png", [(stage.name, metric) for stage in stages for metric in stage.metrics], against_parameters
         ),

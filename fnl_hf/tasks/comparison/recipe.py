@@ -31,7 +31,7 @@ class Stage:
     script: Path
     arguments: dict[str, Value]
     metrics: tuple[str, ...]  # keys of all_results.json, the columns of the table
-    curve: str  # key of the log history that is plotted against steps
+    curves: tuple[str, ...]  # keys of the log history that are plotted against steps
 
 
 @dataclass(frozen=True)
@@ -208,13 +208,18 @@ def _stage(name: str, entry, shared: dict[str, Value], path: Path, scripts: Path
     found = next((folder / script for folder in (path.parent, scripts) if (folder / script).is_file()), None)
     if found is None:
         raise InputError(f"{path}: {where}: no script {script} in {path.parent} or {scripts}.")
-    metrics = entry["metrics"] if isinstance(entry["metrics"], list) else [entry["metrics"]]
+
+    def texts(key: str, default=None) -> tuple[str, ...]:
+        values = entry.get(key, default)
+        values = values if isinstance(values, list) else [values]
+        return tuple(_text(value, path, f"{where}.{key}") for value in values)
+
     return Stage(
         name=name,
         script=found,
         arguments=shared | _arguments(entry.get("arguments", {}), path, f"{where}.arguments"),
-        metrics=tuple(_text(metric, path, f"{where}.metrics") for metric in metrics),
-        curve=_text(entry.get("curve", "loss"), path, f"{where}.curve"),
+        metrics=texts("metrics"),
+        curves=texts("curve", "loss"),
     )
 
 

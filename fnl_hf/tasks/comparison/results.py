@@ -44,9 +44,9 @@ class Results:
         return [run for run in self._open() if run not in blocked]
 
     def parameters(self, variant: str) -> int | None:
-        """Numbers in the saved model of the first stage; None before it finished."""
-        first = next(iter(self.recipe.stages))
-        return next((record["parameters"] for record in self.finished(variant, first)), None)
+        """Numbers in the saved model of the first stage, the mean over seeds; None before it finished."""
+        numbers = [record["parameters"] for record in self.finished(variant, next(iter(self.recipe.stages)))]
+        return round(sum(numbers) / len(numbers)) if numbers else None
 
     def seconds(self, variant: str) -> list[float]:
         """Wall time of all stages together, for every seed that finished them."""
@@ -56,9 +56,8 @@ class Results:
                 totals[record["seed"]].append(record["wall_seconds"])
         return [sum(times) for times in totals.values() if len(times) == len(self.recipe.stages)]
 
-    def curve(self, variant: str, stage: str) -> dict[int, list[float]]:
-        """step -> what the finished runs logged there under the stage's curve, for the steps that all of them have."""
-        key = self.recipe.stages[stage].curve
+    def curve(self, variant: str, stage: str, key: str) -> dict[int, list[float]]:
+        """step -> what the finished runs logged there under `key`, for the steps that all of them have."""
         logs = [
             {entry["step"]: entry[key] for entry in record["log_history"] if key in entry}
             for record in self.finished(variant, stage)
@@ -85,7 +84,7 @@ class Results:
                         metric: {str(record["seed"]): record["metrics"].get(metric) for record in records}
                         for metric in stage.metrics
                     },
-                    "curve": {stage.curve: self.curve(variant, name)},
+                    "curve": {key: curve for key in stage.curves if (curve := self.curve(variant, name, key))},
                 }
             variants[variant] = {"parameters": self.parameters(variant), "seconds": self.seconds(variant)} | stages
         return {

@@ -6,7 +6,8 @@ from .results import Results
 
 CAPTION = (
     "Mean ± sample standard deviation over n seeds; for n=2 the mean and [lowest..highest]. Parameters: numbers in the "
-    "saved model of the first stage. Seconds: wall time of all stages, the mean over the seeds that finished them all."
+    "saved model of the first stage, the mean over seeds. Seconds: wall time of all stages, the mean over the seeds "
+    "that finished them all."
 )
 _NONE = "–"
 
