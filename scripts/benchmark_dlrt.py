@@ -101,7 +101,8 @@ def main() -> None:
         for other in ("fixed", "dense")
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"BERT {options.size}, {options.batch} x {options.tokens} tokens a step, interval {options.interval}, {device}")
+    step = f"{options.batch} x {options.tokens} tokens a step"
+    print(f"BERT {options.size}, {step}, interval {options.interval}, {device}")
     for variant in VARIANTS:
         print(f"{variant:6s} {1000 * median(seconds[variant]):8.1f} ms a step")
     for name, ratio in ratios.items():

@@ -1,6 +1,7 @@
 """Training layers of factors: decay by kind, resuming, a warm start, two processes and shards equal one process."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -116,42 +117,51 @@ def test_the_momentum_of_a_layer_becomes_that_of_its_factors():
 
 # -- several processes -----------------------------------------------------------------------------------
 
+CASES = [("matrix", "start"), ("deep", "start"), ("matrix", "1")]
+
 DDP = """
-import sys, torch
+import json, sys, torch
 import fnl_hf
 from tests.test_trainer import examples, make_model
 from transformers import default_data_collator
 
-out, batch, accumulate, form, at = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
-model = make_model("marian").double()
-config = fnl_hf.FNLConfig(target_modules="all", rank=0.5, form=form)
-if at == "start":
-    fnl_hf.factorize(model, config)
-args = fnl_hf.FNLTrainingArguments(
-    output_dir=out + ".run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3,
-    learning_rate=0.05, optim="adamw_torch", lr_scheduler_type="constant", report_to="none", use_cpu=True,
-    save_strategy="no", disable_tqdm=True, frobenius_decay=0.05, max_grad_norm=1.0, weight_decay=0.01,
-    train_sampling_strategy="sequential", factorize_at=None if at == "start" else at,
-)
-trainer = fnl_hf.FNLTrainer(
-    model=model, args=args, train_dataset=examples("marian") * 3, data_collator=default_data_collator,
-    fnl_config=None if at == "start" else config,
-)
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, out)
+out, batch, accumulate, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+for form, at in cases:
+    model = make_model("marian").double()
+    config = fnl_hf.FNLConfig(target_modules="all", rank=0.5, form=form)
+    if at == "start":
+        fnl_hf.factorize(model, config)
+    args = fnl_hf.FNLTrainingArguments(
+        output_dir=out + "/run", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3,
+        learning_rate=0.05, optim="adamw_torch", lr_scheduler_type="constant", report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, frobenius_decay=0.05, max_grad_norm=1.0, weight_decay=0.01,
+        train_sampling_strategy="sequential", factorize_at=None if at == "start" else at,
+    )
+    trainer = fnl_hf.FNLTrainer(
+        model=model, args=args, train_dataset=examples("marian") * 3, data_collator=default_data_collator,
+        fnl_config=None if at == "start" else config,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        torch.save(weights, f"{out}/{form}-{at}.pt")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("form", "at"), [("matrix", "start"), ("deep", "start"), ("matrix", "1")])
-def test_two_processes_make_the_update_of_one(form, at, tmp_path):
-    results = []
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Processes -> the folder where all cases, trained by so many of them, left their weights."""
+    folders = {processes: tmp_path_factory.mktemp(f"on-{processes}") for processes in (1, 2)}
     for processes, batch, accumulate in ((1, 8, 1), (2, 2, 2)):
-        out = tmp_path / f"{processes}.pt"
-        run_job(tmp_path, DDP, processes, out, batch, accumulate, form, at)
-        results.append(torch.load(out))
-    one, two = results
+        out = folders[processes]
+        run_job(out, DDP, processes, out, batch, accumulate, json.dumps(CASES))
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "at"), CASES)
+def test_two_processes_make_the_update_of_one(form, at, trained):
+    one, two = (torch.load(trained[processes] / f"{form}-{at}.pt") for processes in (1, 2))
     assert one.keys() == two.keys() and any(name.endswith(".right") for name in one)
     size = torch.cat([value.flatten() for value in one.values()]).norm()
     assert torch.cat([(one[name] - two[name]).flatten() for name in one]).norm() < 1e-7 * size

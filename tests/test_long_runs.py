@@ -19,8 +19,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["bert", "marian"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "model_type"), [("FLAMBé", "marian"), *((name, "bert") for name in OPTIMIZERS)])
 def test_200_steps_learn_and_stay_finite(name, model_type, tmp_path):
     model = fnl_hf.factorize(make_model(model_type), fnl_hf.FNLConfig())
     arguments = {"frobenius_decay": 0.01, "max_steps": STEPS, "logging_steps": 20, **OPTIMIZERS[name]}

@@ -251,8 +251,7 @@ def test_a_config_of_two_parts_is_compared_part_by_part(checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_rank", [None, 0.5])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(("name", "head_rank"), [("marian", None), *((name, 0.5) for name in BUILDERS)])
 def test_fifty_pairs_are_learned_by_heart(name, head_rank, checkpoint, pairs, tmp_path):
     model, tokenizer, prefix = prepared(checkpoint(name))
     if head_rank:
