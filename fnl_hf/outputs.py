@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +82,9 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = kept
 
 
+_CONTAINERS = (dict, OrderedDict, list, set)  # the second holds hooks, which some models install in their first forward
+
+
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """What puts every module and attribute of a model back to where it is now, and what lists and dicts of it hold.
 
@@ -94,7 +98,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             [
                 (value, copy.copy(value))
                 for name, value in vars(module).items()
-                if type(value) in (dict, list, set) and name not in registries
+                if type(value) in _CONTAINERS and name not in registries
             ],
         )
         for module in model.modules()

@@ -345,6 +345,18 @@ def followed(model):
     return {target.name: target.followed_by for target in targets if target.followed_by}
 
 
+def test_names_go_by_the_config_of_the_part_that_they_are_in():
+    """GIT's text model has GELU, its vision model quick GELU."""
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
+    parts = tf.GitConfig(vision_config={**small, "image_size": 8, "patch_size": 4}, vocab_size=50, **small)
+    model = tf.GitModel(parts)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    found = activations(model, names, None)
+    kinds = {"intermediate.dense": "gelu", "mlp.fc1": "quick_gelu"}
+    assert found == {name: kind for name in names for end, kind in kinds.items() if name.endswith(end)}
+    assert len(found) == len(kinds)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_layers_before_an_activation_are_found(name, tmp_path, capsys):
     make, names, kind = MODELS[name]

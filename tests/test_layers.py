@@ -203,6 +203,18 @@ def test_lookups_of_padding_alone_give_no_gradient(tokens):
     assert all(not p.grad.any() for p in layer.parameters())
 
 
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_lookups_of_padding_alone_give_a_core_that_trains_alone_no_gradient(tokens):
+    layer = factorized(drawn(nn.Embedding(15, 8, padding_idx=1)), 4, form="deep")
+    for basis in ("weight", "right"):
+        layer.stored(basis).requires_grad_(False)
+    ids = torch.ones(2, tokens, dtype=torch.long)
+    ids[0, 0] = 3
+    layer(ids).sum().backward()
+    expected = torch.outer(layer.left[3], layer.right.sum(0)).detach()
+    torch.testing.assert_close(layer.middle.grad, expected)
+
+
 # -- convolution -------------------------------------------------------------------------------------
 
 MODES = ("zeros", "reflect", "replicate", "circular")

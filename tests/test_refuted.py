@@ -49,6 +49,16 @@ def test_a_model_that_changes_its_attention_in_a_forward_stays_as_it_was():
     assert model.attention_type == "original_full"
 
 
+@pytest.mark.parametrize("fields", [{}, {"head_rank": 0.5}, {"target_modules": "all-linear", "init": "functional"}])
+def test_what_a_first_forward_installs_is_installed_once(fields):
+    """Transformers hooks the layers whose hidden states it hands out in the first forward, and notes that it has."""
+    model = tf.BertModel(tf.BertConfig(**BERT, output_hidden_states=True)).eval()
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(**fields))
+    assert len(model(**TEXT).hidden_states) == 1 + model.config.num_hidden_layers
+    fnl_hf.to_dense(model)
+    assert len(model(**TEXT).hidden_states) == 1 + model.config.num_hidden_layers
+
+
 class ByNumber(tf.BertModel):
     """Its second layer reads its queries once more."""
 

@@ -137,11 +137,20 @@ def _traced(model: nn.Module, names: Collection[str], inputs: Mapping[str, Any])
 
 
 def _by_name(model: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """What the config says of layers that are called as those in front of an activation are."""
-    config = getattr(model, "config", None)
-    stated = next((value for name in _IN_CONFIG if isinstance(value := getattr(config, name, None), str)), None)
-    kind = kind_of(ACT2FN[stated]) if stated in ACT2FN else OTHER
-    return {name: kind for name in names if kind in ACTIVATIONS and _BY_NAME.fullmatch(name)}
+    """What configs say of layers that are called as those in front of an activation are."""
+    kinds = {name: _by_config(model, name) for name in names if _BY_NAME.fullmatch(name)}
+    return {name: kind for name, kind in kinds.items() if kind in ACTIVATIONS}
+
+
+def _by_config(model: nn.Module, name: str) -> str:
+    """The activation that is stated nearest to a layer: parts of a model have configs of their own."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        stated = next((value for key in _IN_CONFIG if isinstance(value := getattr(config, key, None), str)), None)
+        if stated is not None:
+            return kind_of(ACT2FN[stated]) if stated in ACT2FN else OTHER
+    return OTHER
 
 
 def _seen(tensor: Tensor) -> Seen:

@@ -65,7 +65,8 @@ class FactorizedEmbedding(FactorizedLayer, nn.Embedding):
                     thin = F.linear(thin, middle.mT)
                 output = F.linear(thin, right)
             learns = torch.is_grad_enabled() or torch.jit.is_tracing()  # which is checked without gradients
-            if padding is not None and learns and right.requires_grad:
+            learns = learns and any(factor is not None and factor.requires_grad for factor in (middle, right))
+            if padding is not None and learns:
                 output = torch.where((input == padding).unsqueeze(-1), output.detach(), output)
         if self.scale is not None:
             return output * output.new_tensor(self.scale)  # rounded to the precision of the output, as a buffer is
