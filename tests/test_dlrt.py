@@ -456,7 +456,7 @@ def test_accumulation_gives_the_same_update(tmp_path):
         model = copy.deepcopy(start)
         arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 6}
         make_trainer(model, tmp_path, optim="sgd", learning_rate=0.1, rank_interval=2, **arguments).train()
-        results.append((ranks(model), [matrix(*each.factors()) for each in adaptive(model)]))
+        results.append((ranks(model), [each.product.matrix().detach() for each in adaptive(model)]))
     for other in results[1:]:
         assert other[0] == results[0][0]
         for one, same in zip(results[0][1], other[1], strict=True):
@@ -469,7 +469,7 @@ def test_decay_shrinks_the_core_alone(decay, mode, tmp_path):
     """A rate so low that the loss moves nothing: the product shrinks by (1 − rate · λ) a step, bases not at all."""
     rate = 0.01
     model = fnl_hf.factorize(make_model("bert"), LAYERS).double()
-    before = [matrix(*each.factors()) for each in adaptive(model)]
+    before = [each.product.matrix().detach() for each in adaptive(model)]
 
     class Still(Rule):
         def after_backward(self, scale, logged):
@@ -484,7 +484,7 @@ def test_decay_shrinks_the_core_alone(decay, mode, tmp_path):
     trainer.callback_handler.callbacks.insert(1, Still())
     trainer.train()
     for each, was in zip(adaptive(model), before, strict=True):
-        assert_close(matrix(*each.factors()), was * (1 - rate * 0.5) ** 4, rtol=1e-7, atol=1e-9)
+        assert_close(each.product.matrix().detach(), was * (1 - rate * 0.5) ** 4, rtol=1e-7, atol=1e-9)
         left, _, right = each.factors()
         assert error(left) < 1e-12 and error(right) < 1e-12
 
@@ -616,9 +616,11 @@ def test_arguments_that_cannot_be_are_refused(arguments, error, message, tmp_pat
 
 
 def test_models_that_cannot_adapt_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing in it is factorized: call fnl_hf.factorize"):
+    with pytest.raises(ValueError, match="nothing in it is factorized; call fnl_hf.factorize"):
         make_trainer(make_model("bert"), tmp_path, config=None)
-    with pytest.raises(ValueError, match=r"attention.self.qk and 3 more: its heads have their full width.*head_rank=0.5"):
+    with pytest.raises(
+        ValueError, match=r"attention.self.qk and 3 more: its heads have their full width.*head_rank=0.5"
+    ):
         make_trainer(make_model("bert"), tmp_path, config=fnl_hf.FNLConfig())
     with pytest.raises(ValueError, match="is of torch.bfloat16, in which no basis stays orthonormal.*bf16=True"):
         make_trainer(fnl_hf.factorize(make_model("bert"), LAYERS).bfloat16(), tmp_path)
@@ -665,7 +667,7 @@ for optim, rate in (("sgd", 0.1), ("adamw_torch", 1e-3)):
     args = fnl_hf.FNLTrainingArguments(output_dir=out, **options | {"frobenius_decay": 0.05})
     trainer = fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert") * 3)
     trainer.train()
-    whole = {each.name: matrix(*each.factors()) for each in adaptive(model)}
+    whole = {each.name: each.product.matrix().detach() for each in adaptive(model)}
     whole |= {name: p.detach() for name, p in model.named_parameters() if p.dim() == 1}
     torch.save(whole, f"{out}/{optim}-{trainer.args.process_index}.pt")
     ranks = {each.name: each.rank for each in adaptive(model)}

@@ -257,8 +257,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
-    """Other data, of any shape, for the same parameter."""
-    parameter.grad, parameter.data = None, value.contiguous()
+    """Other data, of any shape and in memory of its own, for the same parameter."""
+    parameter.grad, parameter.data = None, value.clone(memory_format=torch.contiguous_format)
 
 
 def _resize_weight(weight: Tensor, rows: HeadPadding | None, columns: HeadPadding | None, method: str) -> Tensor:

@@ -101,7 +101,7 @@ class HeadProduct(Resizable, nn.Module):
     def resize(self, parent: nn.Module, rank: int, deep: bool) -> None:
         """Another rank of all its heads, in narrow leaves, with cores or without.
 
-        Leaves in which nothing is narrow any more become ordinary layers.
+        Without cores, leaves in which nothing is narrow become ordinary layers.
         """
         leaves = {}
         for side in (self.left, self.right):
@@ -109,10 +109,13 @@ class HeadProduct(Resizable, nn.Module):
             leaf.resize(side, rank)
         leaf.set_core(self.core, self.right if deep else None)
         self.rank, self.deep = rank, deep
-        swap(parent, {leaf: leaf.dense() for leaf in leaves if not leaf.is_narrow()})
+        if not deep:
+            swap(parent, {leaf: leaf.dense() for leaf in leaves if not leaf.is_narrow()})
 
     def withdraw(self, parent: nn.Module) -> None:
-        """Give the parent back the widths of the dense heads."""
+        """Give the parent back the widths of the dense heads; what was frozen for its cores trains as they did."""
+        if self.deep and self.leaf(parent, self.right).weight.requires_grad:
+            self.leaf(parent, self.left).requires_grad_(True)
         for attribute, value in (self.replaced or {}).items():
             setattr(parent, attribute, value)
 

@@ -231,9 +231,10 @@ class RankAdaptation(Rule, ExportableState):
     def _put(self, each: Adaptive, left: Tensor, core: Tensor, right: Tensor) -> None:
         """Other factors, and what the optimizer keeps of the core in their bases."""
         old_left, _, old_right = each.factors()
+        rows, columns = left.mT @ old_left, old_right.mT @ right
         each.write(left, core, right)
         if self._optimizer is not None:
-            change_bases(self._optimizer, each.core, left.mT @ old_left, old_right.mT @ right)
+            change_bases(self._optimizer, each.core, rows, columns)
 
     # -- processes ------------------------------------------------------------------------------------
 
