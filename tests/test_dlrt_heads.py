@@ -21,7 +21,7 @@ from tests.test_trainer import examples, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = fnl_hf.FNLConfig(head_rank=3)
-MIXED = fnl_hf.FNLConfig(head_rank=4, target_modules=["fc1", "fc2", "shared", "intermediate.dense"], rank=0.25)
+MIXED = fnl_hf.FNLConfig(head_rank=4, target_modules=r".*(shared|fc\d|c_fc|intermediate\.dense)", rank=0.25)
 LLAMA = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 40, "vocab_size": 50, "max_position_embeddings": 40, "attention_bias": True,
@@ -318,7 +318,7 @@ def test_a_run_resumed_in_any_phase_equals_the_uninterrupted_one(model_type, con
         other.train(resume_from_checkpoint=str(elsewhere))
         assert losses(other) == losses(trainer) and ranks(resumed) == ranks(whole)
         same_parameters(resumed, whole)
-    assert len(set(ranks(whole).values())) > 1
+    assert len(set(ranks(whole).values())) > 1 or interval == 1
 
 
 @pytest.mark.parametrize("model_type", ["marian", "gpt2"])
