@@ -205,6 +205,23 @@ class Declares(ABC):
         """Undo what installing it changed in ``parent``, beside leaves: called by ``to_dense`` before it is removed."""
 
 
+class Resizable(Declares):
+    """A declaration whose factors can be given another rank, and a core: U S Vᵀ in place of U Vᵀ."""
+
+    @property
+    @abstractmethod
+    def deep(self) -> bool:
+        """Whether there is a core."""
+
+    @abstractmethod
+    def resize(self, parent: nn.Module, rank: int, deep: bool) -> None:
+        """Make its parameters those of factors of this rank, with or without a core, and drop their gradients.
+
+        Values are left open, the caller writes them. U and V stay the same parameters with other data, and so does a
+        core, so that whatever holds them holds them still. Below ``parent`` lies what the declaration names.
+        """
+
+
 _WHEN_DECLARED: list[Callable[[], None]] = []
 
 
@@ -283,12 +300,17 @@ def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
 
 def parameter_below(parent: nn.Module, path: str) -> nn.Parameter:
     """The parameter at a dotted path, seen through PEFT's wrapping of a layer (``base_layer``)."""
-    *steps, attribute = path.split(".")
+    layer, _, attribute = path.rpartition(".")
+    return getattr(module_below(parent, layer), attribute)
+
+
+def module_below(parent: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path, seen through PEFT's wrapping as well; the parent itself at an empty one."""
     module = parent
-    for step in steps:
+    for step in path.split(".") if path else ():
         module = getattr(module, step)
         module = getattr(module, "base_layer", module)
-    return getattr(module, attribute)
+    return module
 
 
 # -- adapters ----------------------------------------------------------------------------------------

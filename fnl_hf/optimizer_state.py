@@ -90,13 +90,15 @@ def change_bases(optimizer: Optimizer, core: nn.Parameter, rows: Tensor, columns
 
     Args:
         core: The parameter; its data may have the new shape already.
-        rows: Ûᵀ U, (k, r).
-        columns: Vᵀ V̂, (r, k).
+        rows: Ûᵀ U, (k, r), or (heads, k, r) where there is a core for every head.
+        columns: Vᵀ V̂, (r, k) or (heads, r, k).
     """
     kept = optimizer.state.get(core)
     if not kept:
         return
-    if not _has_only_moments(kept, rows.new_empty(rows.shape[1], columns.shape[0])):
+    batch, (new, old) = core.shape[:-2], rows.shape[-2:]
+    rows, columns = rows.reshape(*batch, new, old), columns.reshape(*batch, old, new)
+    if not _has_only_moments(kept, rows.new_empty(*batch, old, old)):
         del optimizer.state[core]  # no meaning in other bases: it starts anew
         return
     moments = [key for key in kept if key in MOMENTS and torch.is_tensor(kept[key])]
@@ -106,7 +108,7 @@ def change_bases(optimizer: Optimizer, core: nn.Parameter, rows: Tensor, columns
     if not {"step", "exp_avg"} <= kept.keys() or "betas" not in group:
         return
     count, betas = int(kept["step"]), group["betas"]
-    fewer = min(count, _REMEMBERED) if rows.shape[0] > rows.shape[1] else count
+    fewer = min(count, _REMEMBERED) if new > old else count
     for key in moments:
         beta = betas[MOMENTS[key] - 1]
         kept[key].mul_((1 - beta**fewer) / (1 - beta**count))

@@ -1,11 +1,12 @@
-"""Layers whose rank adapts: U S Vᵀ with orthonormal U and V, as `rank_adaptation` trains them, and ordinary again.
+"""Products whose rank adapts: U S Vᵀ with orthonormal U and V, as `rank_adaptation` trains them, and ordinary again.
 
-In the model such a layer is a deep one, U its ``weight``, S its ``middle`` and V its ``right``. What is done to it goes
-through `Adaptive`, one for all layers that are tied.
+Of a layer U is its ``weight``, S its ``middle`` and V its ``right``. Of the heads of attention U and V lie in the
+projections of both sides, where biases are one more row of them, and S beside the right one. What is done to either
+goes through `Adaptive`, which reads and writes what `factorizations` sees.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from .algebra import chain, dlrt
 from .attachment import attached
-from .factorization import Declares, is_factorized
-from .layers import FactorizedLayer
+from .factorization import Declares, Factorization, FactorLeaf, Resizable, is_factorized
+from .heads import heads_that_keep_their_rank
 from .plan import Target
 
 # ‖UᵀU − 1‖ (largest entry) up to which columns count as orthonormal: rounding of float32, and nothing that was trained
@@ -23,69 +24,107 @@ _ORTHONORMAL = 1e-4
 
 @dataclass(frozen=True)
 class Adaptive:
-    """One matrix (m, n) that is or becomes U S Vᵀ.
+    """One matrix (m, n), or one for every head of a layer (or group of heads), that is or becomes U S Vᵀ.
+
+    In a group of heads that share their keys or values the matrices of its heads are one, stacked. A bias of heads is
+    one more row of theirs in U or V.
 
     Attributes:
-        names: of the layers that hold it, more than one where they are tied.
-        layers: these layers.
+        names: of what declares it, more than one where layers are tied.
+        declarations: of these names.
+        parents: the modules that hold these declarations.
     """
 
     names: tuple[str, ...]
-    layers: tuple[FactorizedLayer, ...]
+    declarations: tuple[Resizable, ...]
+    parents: tuple[nn.Module, ...]
 
     @property
     def name(self) -> str:
         return self.names[0]
 
     @property
+    def product(self) -> Factorization:
+        """Its factors as they are now."""
+        return self.declarations[0].factorization(self.name, self.parents[0])
+
+    # -- sizes ----------------------------------------------------------------------------------------
+
+    @property
     def rank(self) -> int:
-        return self.layers[0].rank
+        """One for all heads."""
+        return self.product.size()[1]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.layers[0].matrix_shape
+    def widest(self) -> int:
+        """The rank that it can be augmented to: all that its matrix can have, or its heads are wide."""
+        *_, (rows, columns) = self._shapes()
+        return min(rows, columns, self.product.full_rank)
 
     @property
-    def left(self) -> nn.Parameter:
-        """The parameter that holds U, (m, rank) or (m, rank, 1)."""
-        return self.layers[0].stored("weight")
+    def highest(self) -> int:
+        """The rank that it can keep after a cut. Heads of their full width could not turn any more: one is left."""
+        return self.widest if self._is_layer else max(1, self.widest - 1)
+
+    @property
+    def dense_size(self) -> int:
+        """Parameters of what the dense model has in its place: the matrix of a layer, both projections of heads."""
+        batch, (rows, columns) = self._shapes()
+        return rows * columns if self._is_layer else batch * self.product.full_rank * (rows + columns)
+
+    def size(self, rank: int) -> int:
+        """Parameters of U and V at a rank, without biases."""
+        batch, (rows, columns) = self._shapes()
+        return batch * rank * (rows + columns)
+
+    def _shapes(self) -> tuple[int, tuple[int, int]]:
+        first, *_, last = self.product.factors()
+        return first.shape[0], (first.shape[-2], last.shape[-1])
+
+    @property
+    def _is_layer(self) -> bool:
+        return isinstance(self.declarations[0], FactorLeaf)
+
+    # -- factors --------------------------------------------------------------------------------------
+
+    @property
+    def bases(self) -> list[nn.Parameter]:
+        """The parameters that hold U and V, and biases in them; heads in one weight have them in common."""
+        first, *_, last = self.product.views
+        return list(dict.fromkeys(p for view in (first, last) for p in (view.parameter, view.bias) if p is not None))
 
     @property
     def core(self) -> nn.Parameter | None:
-        """S, (rank, rank)."""
-        return self.layers[0].stored("middle")
-
-    @property
-    def right(self) -> nn.Parameter:
-        """V, (n, rank)."""
-        return self.layers[0].stored("right")
-
-    @property
-    def bases(self) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.left, self.right
+        """The parameter that holds S, (rank, rank), or (heads, rank, rank)."""
+        return self.product.views[1].parameter if self.declarations[0].deep else None
 
     def factors(self) -> dlrt.Factors:
-        """U (m, rank), S, V, detached."""
-        return self.layers[0].left.detach(), self.core.detach(), self.right.detach()
+        """U (heads, m, rank), S (heads, rank, rank) or None, V (heads, n, rank), detached; of a layer heads is 1."""
+        return self._read(lambda parameter: parameter.detach())
 
     def gradients(self) -> dlrt.Factors:
         """Of U, S and V as they lie in ``.grad``; zeros where there is none."""
-        found = (torch.zeros_like(p) if p.grad is None else p.grad for p in (self.left, self.core, self.right))
-        return tuple(gradient.reshape(gradient.shape[:2]) for gradient in found)
+        return self._read(lambda parameter: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
+    def _read(self, of: Callable[[nn.Parameter], Tensor]) -> dlrt.Factors:
+        left, *core, right = chain.batched([view.augmented(of) for view in self.product.views])
+        return left, core[0] if core else None, right.mT
+
+    @torch.no_grad()
     def write(self, left: Tensor, core: Tensor | None, right: Tensor) -> None:
-        """Give all layers these factors; the parameters stay the same objects."""
-        first, *others = self.layers
-        first.set_factors(left, core, right)
+        """Other factors in the place of those that there are, as `factors` gives them, of any rank."""
+        first, *others = self.declarations
+        first.resize(self.parents[0], left.shape[-1], core is not None)
+        product, values = self.product, (left, right.mT) if core is None else (left, core, right.mT)
+        product.write([new.reshape(old.shape) for new, old in zip(values, product.augmented(), strict=True)])
         for layer in others:
             layer.tie(first)
 
     def make_orthonormal(self) -> None:
         """U Σ Vᵀ of the same matrix, and frozen U and V; nothing changes where they are orthonormal already."""
-        if self.core is None or not (_are_orthonormal(self.left) and _are_orthonormal(self.right)):
-            first = self.layers[0]
-            core = None if first.middle is None else first.middle.detach()
-            self.write(*dlrt.orthonormal(first.left.detach(), self.right.detach(), core))
+        left, core, right = self.factors()
+        if core is None or not (_are_orthonormal(left) and _are_orthonormal(right)):
+            self.write(*dlrt.orthonormal(left, right, core))
         self.freeze()
 
     def freeze(self, frozen: bool = True) -> None:
@@ -97,48 +136,55 @@ class Adaptive:
     def is_spectral(self) -> bool:
         """Whether S is diagonal, as it is after a truncation."""
         core = self.core.detach()
-        return bool(torch.equal(core, torch.diag(core.diagonal())))
+        return bool(torch.equal(core, torch.diag_embed(core.diagonal(dim1=-2, dim2=-1))))
 
 
 def adaptive(model: nn.Module) -> list[Adaptive]:
-    """Everything in a model whose rank can adapt: layers of factors that train.
+    """Everything in a model whose rank can adapt: layers of factors, and products of narrow heads, that train.
 
     Raises:
-        ValueError: There is nothing, or something factorized whose rank cannot adapt.
+        ValueError: There is nothing, or heads are compact, or something is in half precision.
     """
-    others, tied = [], defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLayer):
-            tied[id(module.stored("weight"))].append((name, module))
-        elif isinstance(module, Declares):
-            others.append(name)
-    if others:
-        raise ValueError(
-            f"rank_adaptation is of linear layers, embeddings and convolutions, but {others[0]}"
-            f"{f' and {len(others) - 1} more are' if len(others) > 1 else ' is'} no such layer (products of attention "
-            "heads have no core to adapt): factorize with FNLConfig(attention=(), target_modules=...), which makes the "
-            "projections themselves low-rank"
-        )
-    found = [Adaptive(*zip(*places, strict=True)) for places in tied.values()]
-    found = [each for each in found if any(p.requires_grad for p in each.layers[0].factor_parameters())]
+    kept = keeping_their_rank(model)
+    found = _grouped(model, lambda name, declaration: name not in kept)
     if not found:
-        missing = "all its factors are frozen" if is_factorized(model) else "nothing in it is factorized"
+        missing = "nothing in it is factorized"
+        if kept:
+            name, reason = next(iter(kept.items()))
+            missing = f"of {name}{f' and {len(kept) - 1} more' if len(kept) > 1 else ''}: {reason}"
         raise ValueError(
-            f"rank_adaptation needs layers of factors that train, but {missing}: call "
-            'fnl_hf.factorize(model, FNLConfig(attention=(), target_modules="all-linear", rank=0.5)) before making '
-            "the trainer"
+            f"rank_adaptation needs layers of factors or products of narrow heads that train, but {missing}; call "
+            "fnl_hf.factorize(model, FNLConfig(head_rank=0.5)), or FNLConfig(attention=(), "
+            'target_modules="all-linear", rank=0.5), before making the trainer'
         )
     halves = (torch.float16, torch.bfloat16)
-    if coarse := next((each for each in found if each.right.dtype in halves), None):
+    if coarse := next((each for each in found if each.bases[0].dtype in halves), None):
         raise ValueError(
-            f"{coarse.name} is of {coarse.right.dtype}, in which no basis stays orthonormal: keep the weights in "
+            f"{coarse.name} is of {coarse.bases[0].dtype}, in which no basis stays orthonormal: keep the weights in "
             "float32 and train in mixed precision (bf16=True)"
         )
     return found
 
 
+def keeping_their_rank(model: nn.Module) -> dict[str, str]:
+    """name of what is factorized -> why its rank cannot adapt; it is trained as usual.
+
+    Raises:
+        ValueError: Heads are compact.
+    """
+    reasons = heads_that_keep_their_rank(model)
+    for name, module in model.named_modules():
+        if not isinstance(module, Declares) or name in reasons:
+            continue
+        if module.for_inference or not isinstance(module, Resizable):
+            reasons[name] = "it has no factors that can be given another rank"
+        elif isinstance(module, FactorLeaf) and not any(p.requires_grad for p in module.factor_parameters()):
+            reasons[name] = "all its factors are frozen"
+    return reasons
+
+
 def take_ranks(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Give adaptive layers the ranks of a checkpoint that is about to be read into them; values are left open.
+    """Give what adapts the ranks of a checkpoint that is about to be read into it; values are left open.
 
     Raises:
         ValueError: The checkpoint was not written by a run with ``rank_adaptation``.
@@ -151,15 +197,17 @@ def take_ranks(model: nn.Module, targets: Mapping[str, Target]) -> None:
                 "it by from_pretrained and train it in a new run, or resume without rank_adaptation"
             )
         if target.rank != each.rank:
-            (rows, columns), rank, like = each.shape, target.rank, each.right
-            each.write(like.new_zeros(rows, rank), like.new_zeros(rank, rank), like.new_zeros(columns, rank))
+            left, core, right = each.factors()
+            wider = [factor.new_zeros(*factor.shape[:-1], target.rank) for factor in (left, right)]
+            each.write(wider[0], core.new_zeros(len(core), target.rank, target.rank), wider[1])
 
 
 def fix_ranks(model: nn.Module) -> nn.Module:
-    """Ordinary factorized layers in the place of those whose rank adapts: U S Vᵀ becomes a balanced U Vᵀ, in place.
+    """Ordinary factors in the place of those whose rank adapts: U S Vᵀ becomes a balanced U Vᵀ, in place.
 
     The function and the ranks stay as they are, also those of a run that ended between augmenting and truncating. A
-    layer that was factorized as a deep one becomes an ordinary one too; others are left alone.
+    layer that was factorized as a deep one becomes an ordinary one too; others are left alone. Projections whose heads
+    have their full width become the ordinary layers that they are at full rank.
 
     Returns:
         The model.
@@ -169,24 +217,31 @@ def fix_ranks(model: nn.Module) -> nn.Module:
     """
     if not is_factorized(model):
         raise ValueError(f"{type(model).__name__} is not factorized: there are no ranks to fix")
-    tied = defaultdict(list)
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLayer) and module.middle is not None:
-            tied[id(module.stored("weight"))].append((name, module))
-    for places in tied.values():
-        each = Adaptive(*zip(*places, strict=True))
-        trains = any(parameter.requires_grad for parameter in each.layers[0].factor_parameters())
+    deep = _grouped(model, lambda name, declaration: declaration.deep)
+    trains = [any(p.requires_grad for p in (each.core, *each.bases)) for each in deep]
+    for each in deep:
         left, core, right = (factor.double() for factor in each.factors())
         left, right = chain.balance((left @ core, right.mT))
-        dtype = each.right.dtype
+        dtype = each.core.dtype
         each.write(left.to(dtype), None, right.mT.to(dtype))
-        each.freeze(not trains)
+    for each, trained in zip(deep, trains, strict=True):
+        each.freeze(not trained)
     if (stored := attached(model)) is not None and hasattr(model, "config"):
         model.config.quantization_config = stored
     return model
 
 
+def _grouped(model: nn.Module, wanted: Callable[[str, Resizable], bool]) -> list[Adaptive]:
+    """What the declarations that are wanted declare, those of layers that are tied together."""
+    named, tied = dict(model.named_modules()), defaultdict(list)
+    for name, module in named.items():
+        if isinstance(module, Resizable) and not module.for_inference and wanted(name, module):
+            parent = named[name.rpartition(".")[0]]
+            tied[module.factorization(name, parent).weights[0]].append((name, module, parent))
+    return [Adaptive(*zip(*places, strict=True)) for places in tied.values()]
+
+
 def _are_orthonormal(basis: Tensor) -> bool:
-    columns = basis.detach().reshape(basis.shape[:2]).double()
-    identity = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
+    columns = basis.double()
+    identity = torch.eye(columns.shape[-1], dtype=columns.dtype, device=columns.device)
     return bool((columns.mT @ columns - identity).abs().max() < _ORTHONORMAL)

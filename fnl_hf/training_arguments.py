@@ -50,16 +50,17 @@ class FNLArguments:
         distillation_temperature (`float`, defaults to 1):
             Of the teacher's and the student's logits, before they become probabilities.
         rank_adaptation (`str`, *optional*):
-            `"dlrt"`: layers of factors are trained as U S Vᵀ whose rank adapts (Schotthöfer et al., NeurIPS 2022 and
-            arXiv 2505.08022). Every `rank_interval` steps the orthonormal U and V grow by the gradient's directions, up
-            to twice the rank; S is trained; its singular values settle the rank. `fnl_hf.fix_ranks(model)` makes
-            ordinary factorized layers of the result.
+            `"dlrt"`: layers of factors and narrow heads are trained as U S Vᵀ whose rank adapts (Schotthöfer et al.,
+            NeurIPS 2022 and arXiv 2505.08022). Every `rank_interval` steps the orthonormal U and V grow by the
+            gradient's directions, up to twice the rank; S is trained; its singular values settle the rank, one for all
+            heads of a layer. `fnl_hf.fix_ranks(model)` makes ordinary factors of the result.
         rank_tolerance (`float`, defaults to 0.1):
             What the singular values that are cut off may be together, as a share of the norm of all.
         rank_interval (`int`, defaults to 100):
             Optimizer steps between two changes of the rank. 1: every step changes it.
         rank_min (`int`, defaults to 2), rank_max (`int`, *optional*):
-            Bounds of the rank of every layer after a cut. Not given: half of what the layer's matrix can have.
+            Bounds of every rank after a cut. Not given: half of what a layer's matrix can have, or of the width of
+            heads. Heads never keep all of their width, so that their bases can turn.
         log_factorizations (`bool`, defaults to `True`):
             Log norms, effective rank and balance of the factorizations beside the loss.
 
@@ -144,9 +145,9 @@ class FNLArguments:
     rank_adaptation: str | None = field(
         default=None,
         metadata={
-            "help": "dlrt: layers of factors are trained as U S V^T whose rank adapts: every --rank_interval steps U "
-            "and V grow by the gradient's directions, S is trained, and its singular values settle the rank. none: "
-            "ranks stay as they are.",
+            "help": "dlrt: layers of factors and narrow heads are trained as U S V^T whose rank adapts: every "
+            "--rank_interval steps U and V grow by the gradient's directions, S is trained, and its singular values "
+            "settle the rank. none: ranks stay as they are.",
             "choices": (*_ADAPTATIONS, "none"),
         },
     )
@@ -160,7 +161,7 @@ class FNLArguments:
     rank_min: int = field(default=2, metadata={"help": "Lowest rank of a layer, where its matrix can have that."})
     rank_max: int | None = field(
         default=None,
-        metadata={"help": "Highest rank of a layer after a cut. Not given: half of what its matrix can have."},
+        metadata={"help": "Highest rank after a cut. Not given: half of what a matrix, or the width of heads, allows."},
     )
 
     # Logging

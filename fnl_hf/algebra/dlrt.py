@@ -55,18 +55,25 @@ def side_gradients(factors: Factors, gradients: Factors) -> tuple[Tensor, Tensor
     return sides[0], sides[1]
 
 
-def augment(left: Tensor, core: Tensor, right: Tensor, grad_k: Tensor, grad_l: Tensor) -> Factors:
+def augment(
+    left: Tensor, core: Tensor, right: Tensor, grad_k: Tensor, grad_l: Tensor, widest: int | None = None
+) -> Factors:
     """Û, Ŝ, V̂ of the same matrix in bases that hold the gradient's directions too: orth [U | ∇K], orth [V | ∇L].
 
     The first r columns of Û are U, made orthonormal again, and those of V̂ are V. What is added where gradients are
-    dependent or zero is arbitrary, but orthonormal. Where 2 r exceeds min(m, n), the leading directions of each
-    gradient outside its basis are added, up to that.
+    dependent or zero is arbitrary, but orthonormal. Where 2 r exceeds min(m, n) or ``widest``, the leading directions
+    of each gradient outside its basis are added, up to that.
+
+    Args:
+        widest: What the rank may be at most, beside min(m, n); of heads their width. At least r.
 
     Returns:
-        (*batch, m, k), (*batch, k, k), (*batch, n, k) with k = min(2 r, m, n).
+        (*batch, m, k), (*batch, k, k), (*batch, n, k) with k = min(2 r, m, n, widest).
     """
     rank = left.shape[-1]
     extra = min(rank, left.shape[-2] - rank, right.shape[-2] - rank)
+    if widest is not None:
+        extra = min(extra, widest - rank)
     new_left, new_right = _extended(left, grad_k, extra), _extended(right, grad_l, extra)
     new_core = (new_left.mT @ left.double()) @ core.double() @ (right.double().mT @ new_right)
     return _as(left, new_left, new_core, new_right)

@@ -40,7 +40,7 @@ def flaw(target: HeadTarget) -> str | None:
         return f"rank is {target.rank!r}, expected an int in 1..{target.left.width}"
     if target.rotary and target.rank < target.left.width:
         return f"rank is {target.rank}, and rotary heads keep their full rank, {target.left.width}"
-    return _compact_flaw(target)
+    return _compact_flaw(target) or _deep_flaw(target)
 
 
 def _compact_flaw(target: HeadTarget) -> str | None:
@@ -51,6 +51,15 @@ def _compact_flaw(target: HeadTarget) -> str | None:
         return f"compact is {told!r}, expected whole numbers"
     if target.rotary or target.rank == target.left.width or (told and target.slot == "ov"):
         return f"compact is {told!r}, and a product of the kind {target.kind!r} and rank {target.rank} has none"
+    return None
+
+
+def _deep_flaw(target: HeadTarget) -> str | None:
+    if type(target.deep) is not bool:
+        return f"deep is {target.deep!r}, expected true or false"
+    own_bias = any(side.bias_width is not None for side in target.sides)
+    if target.deep and (target.rotary or target.compact is not None or own_bias):
+        return "deep is true, expected only of heads that are neither rotated nor compact, in layers with their biases"
     return None
 
 
@@ -78,7 +87,7 @@ def misfit(target: HeadTarget, model: nn.Module) -> str | None:
         entries = features if side.bias_width is None else side.size * side.bias_width
         if bias is not None and bias.shape != (entries,):
             return f"{lacks}, with the bias {_path(target, side.bias)}"
-        if target.rank < side.width and not isinstance(leaf, (nn.Linear, Conv1D)):
+        if (target.rank < side.width or target.deep) and not isinstance(leaf, (nn.Linear, Conv1D)):
             return f"{lacks}, in a layer that can be narrower"
     known = [seen for seen in _seen(target, model) if set(seen.parameters()) & set(target.parameters())]
     if known and _place(target) not in map(_place, known):

@@ -19,6 +19,7 @@ COMPOSED = "composed for inference: nothing is faster than the ordinary projecti
 
 def quickened(model: nn.Module, targets: Sequence[HeadTarget], trial: Trial) -> list[Skip]:
     """Put each attention module with narrow heads into its fastest form."""
+    targets = _without_cores(model, targets)
     groups = _by_attention([target for target in targets if any(_narrow_leaves(model, target))])
     members = [target for group in groups.values() for target in group]
     proven = _proven_compact([target for target in members if target.compact is None], trial)
@@ -35,6 +36,18 @@ def quickened(model: nn.Module, targets: Sequence[HeadTarget], trial: Trial) -> 
         if form == DENSE:
             skipped += [Skip(target.name, target.kind, COMPOSED) for target in group]
     return skipped
+
+
+def _without_cores(model: nn.Module, targets: Sequence[HeadTarget]) -> list[HeadTarget]:
+    """The targets, those that are deep with their cores merged into keys and values."""
+    deep = [target for target in targets if target.deep]
+    leaves = {leaf: leaf.merged() for target in deep for leaf in _narrow_leaves(model, target) if leaf.cores}
+    swap(model, leaves)
+    for target in deep:
+        getattr(model.get_submodule(target.owner), target.slot).deep = False
+    whole = {leaf: leaf.dense() for t in deep for leaf in _narrow_leaves(model, t) if not leaf.is_narrow()}
+    swap(model, whole)
+    return [replace(target, deep=False) for target in targets]
 
 
 def _narrow_leaves(root: nn.Module, target: HeadTarget) -> list[HeadLinear]:

@@ -36,6 +36,7 @@ class HeadTarget(Target):
             below ``owner``, the module that will hold the declaration.
         rotary: which features of queries and keys are rotated.
         compact: attributes of the owner under really narrower heads; None: they are padded to their old width.
+        deep: every head has a core between its factors, as heads have whose rank adapts.
     """
 
     family: ClassVar[str] = "heads"
@@ -44,6 +45,7 @@ class HeadTarget(Target):
     right: HeadSlice
     rotary: RotaryLayout | None = None
     compact: dict[str, int] | None = None
+    deep: bool = False
 
     @property
     def owner(self) -> str:
@@ -188,7 +190,7 @@ class HeadTarget(Target):
     @classmethod
     def notes(cls, config: FNLConfig, products: Sequence[Factorization]) -> list[str]:
         """Which products keep their full rank, and which are not compact, though the config asks for both."""
-        full = [p.kind for p in products if p.size()[1] == p.full_rank]
+        full = [p.kind for p in products if p.size()[1] == p.full_rank and p.layout != "deep"]
         notes = []
         if full and (isinstance(config.head_rank, int) or config.head_rank < 1):  # 1 is rank one
             notes = [f"{len(full)} products keep their full rank ({', '.join(sorted(set(full)))}): {KEPT}"]
@@ -221,11 +223,10 @@ class HeadTarget(Target):
         swap(model, narrow)
         for target in targets:
             owner = model.get_submodule(target.owner)
-            left, right = (target._narrow_slice(side, paddings) for side in target.sides)
-            for side in (left, right):
+            for side in target.sides:
                 if side.bias and side.bias_width:  # added after padding: nothing may stand beyond the rank
                     bias = owner.get_parameter(side.bias).data.unflatten(0, (*side.batch, side.bias_width))
-                    bias[..., side.width :].zero_()
+                    bias[..., target.rank :].zero_()
             replaced = None
             if target.compact is not None:
                 for side in target.sides:
@@ -233,17 +234,11 @@ class HeadTarget(Target):
                 replaced = {name: getattr(owner, name) for name in target.compact}
                 for name, value in target.compact.items():
                     setattr(owner, name, value)
-            declaration = HeadProduct(target.kind, left, right, target.left.width, target.rotary, replaced)
+            width, rank, deep = target.left.width, target.rank, target.deep
+            declaration = HeadProduct(target.kind, *target.sides, width, target.rotary, replaced, rank, deep)
             owner.add_module(target.slot, declaration)
-
-    def _narrow_slice(self, side: HeadSlice, paddings) -> HeadSlice:
-        """How a projection's heads are read once its leaf is narrow."""
-        rows, columns = paddings.get(self.leaf(side), (None, None))
-        padding = rows if side.axis == "out" else columns
-        transposed = side.transposed and rows is None and columns is None
-        if padding is None:
-            return replace(side, transposed=transposed)
-        return replace(side, width=self.rank, offset=padding.narrow_offset(side.offset), transposed=transposed)
+            if deep:
+                declaration.leaf(owner, target.right).set_core(declaration.core, target.right)
 
 
 def _compacted(model: nn.Module, targets: list[HeadTarget], evidence: Evidence) -> list[HeadTarget]:
@@ -274,14 +269,16 @@ def _attributes(model: nn.Module, qk: HeadTarget, ov: HeadTarget, evidence: Evid
 
 
 def _paddings(model, targets) -> dict[str, tuple[HeadPadding | None, HeadPadding | None]]:
-    """leaf name -> (rows, columns) paddings, for the leaves that hold a product of reduced rank."""
-    sides = defaultdict(list)
+    """leaf name -> (rows, columns) paddings, for the leaves that hold a product of reduced rank, or a deep one."""
+    sides, narrow = defaultdict(list), set()
     for target in targets:
         for side in target.sides:
             sides[target.leaf(side), side.axis].append((side, target.rank))
+            if target.rank < side.width or target.deep:
+                narrow.add((target.leaf(side), side.axis))
     paddings = defaultdict(lambda: (None, None))
     for (name, axis), slices in sides.items():
-        if all(side.width == rank for side, rank in slices):
+        if (name, axis) not in narrow:
             continue
         if _overlap([side for side, _ in slices]):
             raise ValueError(f"{name} cannot be narrower: two products overlap in its features")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..algebra import chain
-from ..factorization import Declares, Factorization, FactorLeaf, View
+from ..factorization import Factorization, FactorLeaf, Resizable, View
 from ..leaves import shell
 from .composed import ComposedWeight
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WORTH_TWO_CALLS = 0.9
 
 
-class FactorizedLayer(Declares, FactorLeaf):
+class FactorizedLayer(Resizable, FactorLeaf):
     """A layer whose matrix (m, n) is U Vᵀ or U M Vᵀ. Values are the caller's to write.
 
     Parameters: ``weight`` is U, (m, rank), or (m, rank, 1) where (m, rank) would be the shape of the dense weight;
@@ -118,23 +118,24 @@ class FactorizedLayer(Declares, FactorLeaf):
         rows = self.matrix_shape[0]
         return (rows, rank, 1) if (rows, rank) == dense else (rows, rank)
 
-    @torch.no_grad()
-    def set_factors(self, left: Tensor, middle: Tensor | None, right: Tensor) -> None:
-        """Other factors, of any rank, in the place of those that there are: U (m, r), M (r, r) or None, V (n, r).
+    @property
+    def deep(self) -> bool:
+        """Whether it is U M Vᵀ."""
+        return self._parameters.get("middle") is not None
 
-        The parameters stay the same objects with other data, so that optimizers and layers that are tied hold them
-        still; their gradients are dropped. A layer gets or loses its M: then tied layers must be given it too.
-        """
+    @torch.no_grad()
+    def resize(self, parent: nn.Module, rank: int, deep: bool) -> None:
+        """Factors of another rank; tied layers must be tied to it anew."""
         vars(self).pop("_composed", None)
-        weight, inner, other = (self._parameters.get(name) for name in self.factors)
-        for parameter in (weight, other):
-            parameter.grad = None
-        weight.data = left.reshape(self._left_shape(left.shape[-1], tuple(self.dense_shape))).contiguous()
-        other.data = right.contiguous()
-        if inner is None or middle is None:
-            self.middle = None if middle is None else nn.Parameter(middle, requires_grad=other.requires_grad)
-        else:
-            inner.grad, inner.data = None, middle.contiguous()
+        weight, inner, right = (self._parameters.get(name) for name in self.factors)
+        shape = self._left_shape(rank, tuple(self.dense_shape))
+        for parameter, size in ((weight, shape), (right, (right.shape[0], rank)), (inner, (rank, rank))):
+            if parameter is not None:
+                parameter.grad, parameter.data = None, parameter.new_empty(size)
+        if not deep:
+            self.middle = None
+        elif inner is None:
+            self.middle = nn.Parameter(right.new_empty(rank, rank))
 
     def composed(self) -> Tensor:
         """The weight of the ordinary layer, with its gradient."""

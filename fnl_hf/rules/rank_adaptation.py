@@ -7,6 +7,10 @@ A cycle of ``rank_interval`` optimizer steps, in the two-step scheme of Schotth�
 2. The other steps train the core by the run's own optimizer; U and V are frozen, and in no optimizer.
 3. After the last one the core is cut at ``rank_tolerance``.
 
+Heads of attention have one rank for all heads of a layer: cut is what all of them together lose. Their bases grow up to
+the width of the heads in the dense model, which is all that the attention module makes room for. A bias of queries,
+keys or values is a row of their bases, and trained as these are: by the core, and by the directions that join.
+
 With ``rank_interval=1`` every step is all of this: the one-pass scheme of Schotthöfer et al. (NeurIPS 2022), with the
 gradient projected onto the tangent space. The last cycle of a run, whole or not, does not augment, so that the core is
 trained at the ranks that it ends with.
@@ -15,7 +19,6 @@ What the optimizer keeps of a core goes along with every change of bases: see `f
 """
 
 import json
-import math
 import os
 import warnings
 
@@ -32,7 +35,7 @@ from ..divergence import check_finite
 from ..messages import say
 from ..optimizer_state import change_bases
 from ..plan import Plan
-from ..ranks import Adaptive, adaptive, take_ranks
+from ..ranks import Adaptive, adaptive, keeping_their_rank, take_ranks
 from .rule import Rule
 
 
@@ -41,7 +44,7 @@ class RankAdaptation(Rule, ExportableState):
 
     Attributes:
         augmented: Whether the bases are wider than the rank that was last settled: the phase of the cycle.
-        ranks: That rank, by the name of the layer.
+        ranks: That rank, by the name of the layer or the product of heads.
     """
 
     def __init__(self):
@@ -74,12 +77,14 @@ class RankAdaptation(Rule, ExportableState):
 
     def prepare(self) -> None:
         """U Σ Vᵀ in place of U Vᵀ; bases and cores are kept out of DDP, whose buckets have fixed shapes."""
-        for each in self.layers():
+        for each in self.products():
             each.make_orthonormal()
             if self._processes > 1:
                 each.write(*(_from_the_first(factor) for factor in each.factors()))
         if self._processes > 1:
-            names = [f"{name}.{factor}" for each in self.layers() for name in each.names for factor in _STORED]
+            parameters = {p for each in self.products() for p in (each.core, *each.bases)}
+            named = self.run.model.named_parameters(remove_duplicate=False)
+            names = [name for name, parameter in named if parameter in parameters]
             self._known_to_ddp = getattr(self.run.model, _IGNORED, None)
             setattr(self.run.model, _IGNORED, [*(self._known_to_ddp or ()), *names])
 
@@ -112,7 +117,7 @@ class RankAdaptation(Rule, ExportableState):
                 "a way of its own: choose another optimizer, such as adamw_torch"
             )
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        if lacking := [each.name for each in self.layers() if each.core is None or each.core not in held]:
+        if lacking := [each.name for each in self.products() if each.core is None or each.core not in held]:
             raise ValueError(
                 f"{type(optimizer).__name__} does not hold the core of {lacking[0]}: let the trainer make the optimizer"
             )
@@ -135,13 +140,16 @@ class RankAdaptation(Rule, ExportableState):
             )
         ranks = self.ranks.values()
         say(
-            f"fnl_hf: the ranks of {len(ranks)} layers, {min(ranks)} to {max(ranks)}, adapt every "
+            f"fnl_hf: the ranks of {len(ranks)} products, {min(ranks)} to {max(ranks)}, adapt every "
             f"{args.rank_interval} steps at a tolerance of {args.rank_tolerance:g}"
         )
+        for reason, names in _by_reason(keeping_their_rank(self.run.model)):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            say(f"fnl_hf: {names[0]}{more} keep their rank: {reason}")
 
     def on_train_end(self, args, state, control, **kwargs):
         """Whoever trains the model next trains all of it."""
-        for each in self.layers():
+        for each in self.products():
             each.freeze(False)
 
     def state(self) -> dict:
@@ -152,12 +160,12 @@ class RankAdaptation(Rule, ExportableState):
         """From those of a checkpoint; none of it is the start of a run."""
         saved = states.get(type(self).__name__, {}).get("attributes", {})
         self.augmented = saved.get("augmented", False)
-        self.ranks = saved.get("ranks") or {each.name: each.rank for each in self.layers()}
+        self.ranks = saved.get("ranks") or {each.name: each.rank for each in self.products()}
 
     # -- a cycle --------------------------------------------------------------------------------------
 
-    def layers(self) -> list[Adaptive]:
-        """Of the model as it is now; found anew only for another model."""
+    def products(self) -> list[Adaptive]:
+        """What adapts in the model as it is now; found anew only for another model."""
         if self._found is None or self._found[0] is not self.run.model:
             self._found = self.run.model, adaptive(self.run.model)
         return self._found[1]
@@ -166,33 +174,36 @@ class RankAdaptation(Rule, ExportableState):
         """The step before bases grow gives them gradients."""
         if self.augmented or self._ends_within_cycle(state):
             return
-        for each in self.layers():
+        for each in self.products():
             if not each.is_spectral():  # it was trained in the last cycle of a run that goes on
                 self._put(each, *self._cut(each, 0.0, 1, each.rank))
             each.freeze(False)
 
     def after_backward(self, scale: float, logged: bool) -> None:
         """Gradients of all processes; from those of U and V, wider bases."""
-        layers = self.layers()
-        grows = layers[0].right.requires_grad
-        self._reduce([p for each in layers for p in (each.core, *(each.bases if grows else ()))])
+        products = self.products()
+        grows = products[0].bases[0].requires_grad
+        # each once: the bases of heads may have a weight in common
+        parameters = dict.fromkeys(p for each in products for p in (each.core, *(each.bases if grows else ())))
+        self._reduce(list(parameters))
         if not grows:
             return
-        finite = all(torch.stack([p.grad.isfinite().all() for p in _with_gradients(layers)]).tolist())
-        for each in layers:
-            if finite:
-                self._augment(each)
+        finite = all(torch.stack([p.grad.isfinite().all() for p in parameters if p.grad is not None]).tolist())
+        gradients = [each.gradients() for each in products] if finite else []  # all, before any weight is replaced
+        for each, some in zip(products, gradients, strict=finite):
+            self._augment(each, some)
+        for each in products:
             each.freeze()
         self.augmented = finite  # else fp16 skips this step, and the next one tries again
 
     def after_step(self) -> None:
         """At the end of a cycle the ranks are cut, alike on all processes."""
         if self.augmented and self.run.state.global_step % self.run.args.rank_interval == 0:
-            args, layers = self.run.args, self.layers()
-            bounds = [_bounds(each, args.rank_min, args.rank_max) for each in layers]
-            cuts = [self._cut(each, args.rank_tolerance, *some) for each, some in zip(layers, bounds, strict=True)]
-            ranks = _from_the_first(torch.tensor([core.shape[-1] for _, core, _ in cuts], device=layers[0].core.device))
-            for each, factors, rank in zip(layers, cuts, ranks.tolist(), strict=True):
+            args, products = self.run.args, self.products()
+            bounds = [_bounds(each, args.rank_min, args.rank_max) for each in products]
+            cuts = [self._cut(each, args.rank_tolerance, *some) for each, some in zip(products, bounds, strict=True)]
+            ranks = torch.tensor([core.shape[-1] for _, core, _ in cuts], device=cuts[0][1].device)
+            for each, factors, rank in zip(products, cuts, _from_the_first(ranks).tolist(), strict=True):
                 if factors[1].shape[-1] != rank:  # rounding on this process took it across the tolerance
                     factors = dlrt.truncate(*each.factors(), 0.0, rank, rank)
                 self._put(each, *map(_from_the_first, factors))
@@ -200,13 +211,13 @@ class RankAdaptation(Rule, ExportableState):
             self.augmented, self._unlogged = False, True
 
     @torch.no_grad()
-    def _augment(self, each: Adaptive) -> None:
-        old, gradients = each.factors(), each.gradients()
+    def _augment(self, each: Adaptive, gradients: dlrt.Factors) -> None:
+        old = each.factors()
         grad_k, grad_l = dlrt.side_gradients(old, gradients)
-        new = dlrt.augment(*old, grad_k, grad_l)
+        new = dlrt.augment(*old, grad_k, grad_l, each.widest)
         new = tuple(map(_from_the_first, new))
         self._put(each, *new)
-        each.core.grad = dlrt.tangent_gradient(old, new, grad_k, grad_l, gradients[1])
+        each.core.grad = dlrt.tangent_gradient(old, new, grad_k, grad_l, gradients[1]).view_as(each.core)
 
     @torch.no_grad()
     def _cut(self, each: Adaptive, tolerance: float, smallest: int, largest: int) -> dlrt.Factors:
@@ -220,9 +231,10 @@ class RankAdaptation(Rule, ExportableState):
     def _put(self, each: Adaptive, left: Tensor, core: Tensor, right: Tensor) -> None:
         """Other factors, and what the optimizer keeps of the core in their bases."""
         old_left, _, old_right = each.factors()
+        rows, columns = left.mT @ old_left, old_right.mT @ right
         each.write(left, core, right)
         if self._optimizer is not None:
-            change_bases(self._optimizer, each.core, left.mT @ old_left, old_right.mT @ right)
+            change_bases(self._optimizer, each.core, rows, columns)
 
     # -- processes ------------------------------------------------------------------------------------
 
@@ -250,17 +262,17 @@ class RankAdaptation(Rule, ExportableState):
     # -- the log --------------------------------------------------------------------------------------
 
     def logs(self) -> dict[str, float]:
-        """Mean rank and compression (parameters of the factors / of the dense matrices), and of each layer when new.
+        """Mean rank and compression (parameters of the factors / of the dense model there), and of each when new.
 
         Ranks are those that were settled last; ``augmented`` says whether the bases are wider now.
         """
         logs = {f"dlrt/{name}": value for name, value in self._measures().items()}
         logs["dlrt/augmented"] = float(self.augmented)
-        if self._unlogged:  # two numbers of every layer: once for every time that they change
-            for each in self.layers():
+        if self._unlogged:  # two numbers of every product: once for every time that they change
+            for each in self.products():
                 rank = self.ranks[each.name]
                 logs[f"dlrt/rank/{each.name}"] = rank
-                logs[f"dlrt/compression/{each.name}"] = rank * sum(each.shape) / math.prod(each.shape)
+                logs[f"dlrt/compression/{each.name}"] = each.size(rank) / each.dense_size
             self._unlogged = False
         return {name: float(f"{value:.6g}") for name, value in logs.items()}
 
@@ -269,10 +281,10 @@ class RankAdaptation(Rule, ExportableState):
         return {f"dlrt_{name}": value for name, value in self._measures().items()}
 
     def _measures(self) -> dict[str, float]:
-        layers = self.layers()
-        kept = sum(self.ranks[each.name] * sum(each.shape) for each in layers)
-        dense = sum(math.prod(each.shape) for each in layers)
-        return {"rank": sum(self.ranks.values()) / len(layers), "compression": kept / dense}
+        products = self.products()
+        kept = sum(each.size(self.ranks[each.name]) for each in products)
+        dense = sum(each.dense_size for each in products)
+        return {"rank": sum(self.ranks.values()) / len(products), "compression": kept / dense}
 
     def _ends_within_cycle(self, state) -> bool:
         """Whether no cycle but this one begins before the run ends."""
@@ -280,17 +292,17 @@ class RankAdaptation(Rule, ExportableState):
         return (state.global_step // interval + 1) * interval >= state.max_steps
 
 
-_STORED = ("weight", "middle", "right")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a module: names that DDP leaves alone
 
 
-def _with_gradients(layers: list[Adaptive]) -> list[nn.Parameter]:
-    return [p for each in layers for p in (each.left, each.core, each.right) if p.grad is not None]
+def _by_reason(kept: dict[str, str]) -> list[tuple[str, list[str]]]:
+    """Why products keep their rank, with the names of those."""
+    return [(reason, [name for name in kept if kept[name] == reason]) for reason in dict.fromkeys(kept.values())]
 
 
 def _bounds(each: Adaptive, smallest: int, largest: int | None) -> tuple[int, int]:
-    """Of a layer's rank after a cut: half of what its matrix can have, where nothing higher or lower is given."""
-    largest = max(1, min(each.shape) // 2) if largest is None else largest
+    """Of a rank after a cut: half of what its matrix or its heads can have, where nothing higher or lower is given."""
+    largest = max(1, each.widest // 2) if largest is None else min(largest, each.highest)
     return min(smallest, largest), largest
 
 
