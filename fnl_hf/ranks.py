@@ -148,12 +148,9 @@ def adaptive(model: nn.Module) -> list[Adaptive]:
     kept = keeping_their_rank(model)
     found = _grouped(model, lambda name, declaration: name not in kept)
     if not found:
-        missing = "nothing in it is factorized"
-        if kept:
-            name, reason = next(iter(kept.items()))
-            missing = f"of {name}{f' and {len(kept) - 1} more' if len(kept) > 1 else ''}: {reason}"
+        missing = "; ".join(told(kept)) or "nothing in it is factorized"
         raise ValueError(
-            f"rank_adaptation needs layers of factors or products of narrow heads that train, but {missing}; call "
+            f"rank_adaptation needs layers of factors or products of narrow heads that train, but {missing}: call "
             "fnl_hf.factorize(model, FNLConfig(head_rank=0.5)), or FNLConfig(attention=(), "
             'target_modules="all-linear", rank=0.5), before making the trainer'
         )
@@ -181,6 +178,15 @@ def keeping_their_rank(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, FactorLeaf) and not any(p.requires_grad for p in module.factor_parameters()):
             reasons[name] = "all its factors are frozen"
     return reasons
+
+
+def told(kept: Mapping[str, str]) -> list[str]:
+    """What `keeping_their_rank` found in words, one line for every reason."""
+    lines = []
+    for reason in dict.fromkeys(kept.values()):
+        first, *more = (name for name in kept if kept[name] == reason)
+        lines.append(f"{first} {f'and {len(more)} more keep their' if more else 'keeps its'} rank, since {reason}")
+    return lines
 
 
 def take_ranks(model: nn.Module, targets: Mapping[str, Target]) -> None:

@@ -616,10 +616,11 @@ def test_arguments_that_cannot_be_are_refused(arguments, error, message, tmp_pat
 
 
 def test_models_that_cannot_adapt_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing in it is factorized; call fnl_hf.factorize"):
+    with pytest.raises(ValueError, match="nothing in it is factorized: call fnl_hf.factorize"):
         make_trainer(make_model("bert"), tmp_path, config=None)
     with pytest.raises(
-        ValueError, match=r"attention.self.qk and 3 more: its heads have their full width.*head_rank=0.5"
+        ValueError,
+        match="attention.self.qk and 3 more keep their rank, since its heads have their full width.*head_rank=0.5",
     ):
         make_trainer(make_model("bert"), tmp_path, config=fnl_hf.FNLConfig())
     with pytest.raises(ValueError, match="is of torch.bfloat16, in which no basis stays orthonormal.*bf16=True"):

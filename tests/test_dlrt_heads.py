@@ -426,7 +426,7 @@ def test_rotary_heads_keep_their_rank_and_train(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "fnl_hf"):
         trainer.train()
     assert set(ranks(model)) == {f"model.layers.{i}.self_attn.ov" for i in range(2)}
-    assert "model.layers.0.self_attn.qk and 1 more keep their rank: rotary positions" in caplog.text
+    assert "model.layers.0.self_attn.qk and 1 more keep their rank, since rotary positions" in caplog.text
     after = model.model.layers[0].self_attn.q_proj.weight
     assert after.requires_grad and not torch.equal(after, queries)
 
@@ -434,7 +434,9 @@ def test_rotary_heads_keep_their_rank_and_train(tmp_path, caplog):
 def test_heads_that_share_a_weight_with_others_keep_their_rank():
     """Bases are frozen while cores train, and a weight is frozen as a whole."""
     model = fnl_hf.factorize(make_model("gpt2"), fnl_hf.FNLConfig(attention=("ov",), head_rank=3))
-    with pytest.raises(ValueError, match="attn.ov and 1 more: one weight holds its heads and others.*head_rank=0.5"):
+    with pytest.raises(
+        ValueError, match="attn.ov and 1 more keep .*one weight holds its heads and others.*head_rank=0.5"
+    ):
         adaptive(model)
     sizes = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 40}
     deberta = tf.DebertaModel(tf.DebertaConfig(**sizes, vocab_size=50))
@@ -453,8 +455,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     compact = fnl_hf.factorize(make_model("gpt2"), fnl_hf.FNLConfig(head_rank=4, head_layout="compact"))
     with pytest.raises(ValueError, match=r'h.0.attn.qk are compact.*head_layout="padded"'):
         make_trainer(compact, tmp_path)
-    with pytest.raises(ValueError, match="its heads have their full width .a head_rank below 1"):
-        make_trainer(make_model("bert"), tmp_path, config=fnl_hf.FNLConfig())
+    with pytest.raises(ValueError, match="qk and 1 more keep their rank, since rotary .*ov and 1 more .*full width"):
+        make_trainer(start("llama", fnl_hf.FNLConfig()), tmp_path, rows=examples("gpt2"))
     make_trainer(start("bert"), tmp_path, max_steps=4, save_strategy="steps", save_steps=4, rank_interval=2).train()
     stored = tf.BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-4").config.quantization_config
     targets = [entry for entry in stored.plan["targets"] if entry["family"] == "heads"]

@@ -9,7 +9,7 @@ from .leaf import HeadLinear
 from .product import HeadProduct
 
 ROTARY = "rotary positions stand between queries and keys"
-FULL = "its heads have their full width (a head_rank below 1, such as 0.5, makes it narrower)"
+FULL = "its heads have their full width (a head_rank below 1, such as 0.5, makes them narrower)"
 OWN_BIAS = "a bias is a parameter of the attention module itself, outside the layers of factors"
 FROZEN = "not all of its factors train"
 SHARED = "its weights are those of another layer too"

@@ -35,7 +35,7 @@ from ..divergence import check_finite
 from ..messages import say
 from ..optimizer_state import change_bases
 from ..plan import Plan
-from ..ranks import Adaptive, adaptive, keeping_their_rank, take_ranks
+from ..ranks import Adaptive, adaptive, keeping_their_rank, take_ranks, told
 from .rule import Rule
 
 
@@ -143,9 +143,8 @@ class RankAdaptation(Rule, ExportableState):
             f"fnl_hf: the ranks of {len(ranks)} products, {min(ranks)} to {max(ranks)}, adapt every "
             f"{args.rank_interval} steps at a tolerance of {args.rank_tolerance:g}"
         )
-        for reason, names in _by_reason(keeping_their_rank(self.run.model)):
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            say(f"fnl_hf: {names[0]}{more} keep their rank: {reason}")
+        for line in told(keeping_their_rank(self.run.model)):
+            say(f"fnl_hf: {line}")
 
     def on_train_end(self, args, state, control, **kwargs):
         """Whoever trains the model next trains all of it."""
@@ -293,11 +292,6 @@ class RankAdaptation(Rule, ExportableState):
 
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a module: names that DDP leaves alone
-
-
-def _by_reason(kept: dict[str, str]) -> list[tuple[str, list[str]]]:
-    """Why products keep their rank, with the names of those."""
-    return [(reason, [name for name in kept if kept[name] == reason]) for reason in dict.fromkeys(kept.values())]
 
 
 def _bounds(each: Adaptive, smallest: int, largest: int | None) -> tuple[int, int]:
