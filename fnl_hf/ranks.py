@@ -174,9 +174,9 @@ def keeping_their_rank(model: nn.Module) -> dict[str, str]:
         if not isinstance(module, Declares) or name in reasons:
             continue
         if module.for_inference or not isinstance(module, Resizable):
-            reasons[name] = "it has no factors that can be given another rank"
+            reasons[name] = "there are no factors that could be given another rank"
         elif isinstance(module, FactorLeaf) and not any(p.requires_grad for p in module.factor_parameters()):
-            reasons[name] = "all its factors are frozen"
+            reasons[name] = "all factors are frozen"
     return reasons
 
 

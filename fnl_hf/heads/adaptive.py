@@ -9,11 +9,11 @@ from .leaf import HeadLinear
 from .product import HeadProduct
 
 ROTARY = "rotary positions stand between queries and keys"
-FULL = "its heads have their full width (a head_rank below 1, such as 0.5, makes them narrower)"
+FULL = "heads have their full width (a head_rank below 1, such as 0.5, makes them narrower)"
 OWN_BIAS = "a bias is a parameter of the attention module itself, outside the layers of factors"
-FROZEN = "not all of its factors train"
-SHARED = "its weights are those of another layer too"
-PARTLY = "one weight holds its heads and others, which are no factors of a rank that adapts"
+FROZEN = "not all factors train"
+SHARED = "weights are those of another layer too"
+PARTLY = "one weight holds these heads and others, which are no factors of a rank that adapts"
 
 Places = Mapping[str, tuple[HeadProduct, nn.Module]]  # name -> (the declaration, the module that holds it)
 
