@@ -108,6 +108,8 @@ def change_bases(optimizer: Optimizer, core: nn.Parameter, rows: Tensor, columns
     if not {"step", "exp_avg"} <= kept.keys() or "betas" not in group:
         return
     count, betas = int(kept["step"]), group["betas"]
+    if not count:  # its first step was skipped, as fp16 does: all moments are zero
+        return
     fewer = min(count, _REMEMBERED) if new > old else count
     for key in moments:
         beta = betas[MOMENTS[key] - 1]

@@ -56,15 +56,20 @@ class Adaptive:
         return self.product.size()[1]
 
     @property
-    def widest(self) -> int:
-        """The rank that it can be augmented to: all that its matrix can have, or its heads are wide."""
+    def full_rank(self) -> int:
+        """All that its matrix can have, or its heads are wide."""
         *_, (rows, columns) = self._shapes()
         return min(rows, columns, self.product.full_rank)
 
     @property
+    def widest(self) -> int | None:
+        """How many columns its bases can be given: of heads as many as these are wide, of a layer any number."""
+        return None if self._is_layer else self.full_rank
+
+    @property
     def highest(self) -> int:
         """The rank that it can keep after a cut. Heads of their full width could not turn any more: one is left."""
-        return self.widest if self._is_layer else max(1, self.widest - 1)
+        return self.full_rank if self._is_layer else max(1, self.full_rank - 1)
 
     @property
     def dense_size(self) -> int:
@@ -175,8 +180,8 @@ def keeping_their_rank(model: nn.Module) -> dict[str, str]:
             continue
         if module.for_inference or not isinstance(module, Resizable):
             reasons[name] = "there are no factors that could be given another rank"
-        elif isinstance(module, FactorLeaf) and not any(p.requires_grad for p in module.factor_parameters()):
-            reasons[name] = "all factors are frozen"
+        elif isinstance(module, FactorLeaf) and not _trains(module):
+            reasons[name] = "not all factors train"
     return reasons
 
 
@@ -227,9 +232,9 @@ def fix_ranks(model: nn.Module) -> nn.Module:
     trains = [any(p.requires_grad for p in (each.core, *each.bases)) for each in deep]
     for each in deep:
         left, core, right = (factor.double() for factor in each.factors())
-        left, right = chain.balance((left @ core, right.mT))
-        dtype = each.core.dtype
-        each.write(left.to(dtype), None, right.mT.to(dtype))
+        left, core, right = dlrt.orthonormal(left, right, core)
+        root, dtype = core.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :], each.core.dtype
+        each.write((left * root).to(dtype), None, (right * root).to(dtype))
     for each, trained in zip(deep, trains, strict=True):
         each.freeze(not trained)
     if (stored := attached(model)) is not None and hasattr(model, "config"):
@@ -247,7 +252,14 @@ def _grouped(model: nn.Module, wanted: Callable[[str, Resizable], bool]) -> list
     return [Adaptive(*zip(*places, strict=True)) for places in tied.values()]
 
 
+def _trains(layer: FactorLeaf) -> bool:
+    """Whether all its factors do, or the core, beside which bases are frozen."""
+    core = layer.stored("middle")
+    return all(p.requires_grad for p in ([core] if core is not None else layer.factor_parameters()))
+
+
 def _are_orthonormal(basis: Tensor) -> bool:
+    """Columns of zeros beside a complete basis too, which `dlrt.augment` makes."""
     columns = basis.double()
-    identity = torch.eye(columns.shape[-1], dtype=columns.dtype, device=columns.device)
-    return bool((columns.mT @ columns - identity).abs().max() < _ORTHONORMAL)
+    lengths = torch.arange(columns.shape[-1], device=columns.device) < columns.shape[-2]
+    return bool((columns.mT @ columns - torch.diag(lengths.to(columns))).abs().max() < _ORTHONORMAL)

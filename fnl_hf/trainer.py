@@ -100,9 +100,13 @@ class FNLTrainerMixin(WarmStartMixin):
 
     def train(self, *args, **kwargs):
         """As in `Trainer`; rules prepare the model before anything is made for it."""
-        for rule in self.rules:
-            rule.prepare()
-        return super().train(*args, **kwargs)
+        try:
+            for rule in self.rules:
+                rule.prepare()
+            return super().train(*args, **kwargs)
+        finally:
+            for rule in self.rules:
+                rule.leave()
 
     @property
     def frobenius_coefficient(self) -> float:

@@ -233,7 +233,7 @@ class FNLArguments:
             if name == "rank_tolerance":
                 if not 0 <= value < 1:
                     raise ValueError(f"rank_tolerance is {value!r}, expected at least 0 and below 1: a share of a norm")
-            elif value != default and (type(value) is not int or value < 1):
+            elif value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}, expected an int of at least 1")
         if self.rank_max is not None and self.rank_max < self.rank_min:
             raise ValueError(f"rank_max is {self.rank_max}, below rank_min {self.rank_min}: swap or widen them")

@@ -72,6 +72,15 @@ def test_a_gradient_of_the_rank_makes_an_exact_step():
     assert_close(matrix(*dlrt.step(*old, gradient, 0.3)), matrix(*old) - 0.3 * gradient, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(16, 12), (12, 16)])
+def test_the_step_of_a_matrix_of_full_rank_is_that_of_the_whole_gradient(shape):
+    """One basis is complete; the other one has to turn all the same."""
+    old, gradient = factors(*shape, 12), torch.randn(shape, dtype=torch.float64)
+    whole = matrix(*old) - 0.3 * gradient
+    assert_close(matrix(*dlrt.step(*old, gradient, 0.3)), whole, rtol=0, atol=1e-12)
+    assert torch.linalg.matrix_rank(whole - matrix(*old)) == 12
+
+
 def test_the_step_is_that_of_the_projected_gradient_and_descends():
     old, gradient = factors(20, 16, 4), torch.randn(20, 16, dtype=torch.float64)
     tangent, errors = projected(old[0], old[2], gradient), []
@@ -84,23 +93,27 @@ def test_the_step_is_that_of_the_projected_gradient_and_descends():
 
 
 def test_augmenting_keeps_the_matrix_and_both_old_bases_in_front():
-    for shape, rank, wide in (((9, 7), 3, 6), ((9, 7), 5, 7), ((7, 9), 7, 7), ((4, 12), 3, 4)):
+    for shape, rank, wide in (((9, 7), 3, 6), ((9, 7), 5, 9), ((7, 9), 7, 9), ((4, 12), 3, 6)):
         old, gradient = factors(*shape, rank), torch.randn(shape, dtype=torch.float64)
         new = dlrt.augment(*old, gradient @ old[2], gradient.mT @ old[0])
         assert new[1].shape == (wide, wide)
         assert_close(matrix(*new), matrix(*old), rtol=0, atol=1e-12)
         for side, span in ((0, gradient @ old[2]), (2, gradient.mT @ old[0])):
             assert_close(new[side][:, :rank], old[side], rtol=0, atol=1e-12)
-            assert error(new[side]) < 1e-13
+            whole = min(wide, shape[side // 2])  # zeros stand beside a complete basis
+            assert error(new[side][:, :whole]) < 1e-13 and not new[side][:, whole:].any()
             outside = span - new[side] @ (new[side].mT @ span)
-            assert (outside.norm() < 1e-12 * span.norm()) == (wide == 2 * rank or wide == shape[side // 2])
+            assert outside.norm() < 1e-12 * span.norm()
+        cut = dlrt.truncate(*new, 0.0, 1)
+        assert cut[1].shape == (min(wide, *shape),) * 2 and error(cut[0]) < 1e-13 and error(cut[2]) < 1e-13
+        assert_close(matrix(*cut), matrix(*old), rtol=0, atol=1e-12)
 
 
 def test_where_there_is_no_room_for_all_directions_the_leading_ones_are_added():
     left, core, right = factors(9, 7, 5)
     outside = torch.linalg.svd(torch.eye(9, dtype=torch.float64) - left @ left.mT)[0][:, :3]
     grad_k = outside @ torch.diag(torch.tensor([1.0, 9.0, 5.0]).double()) @ basis(5, 3).mT
-    new, _, _ = dlrt.augment(left, core, right, grad_k, torch.randn(7, 5, dtype=torch.float64))
+    new, _, _ = dlrt.augment(left, core, right, grad_k, torch.randn(7, 5, dtype=torch.float64), 7)
     assert_close((outside.mT @ new[:, 5:]).abs(), torch.tensor([[0.0, 0], [1, 0], [0, 1]]).double(), atol=1e-12, rtol=0)
 
 
@@ -626,7 +639,7 @@ def test_models_that_cannot_adapt_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is of torch.bfloat16, in which no basis stays orthonormal.*bf16=True"):
         make_trainer(fnl_hf.factorize(make_model("bert"), LAYERS).bfloat16(), tmp_path)
     frozen = fnl_hf.factorize(make_model("bert"), LAYERS).requires_grad_(False)
-    with pytest.raises(ValueError, match="all factors are frozen"):
+    with pytest.raises(ValueError, match="not all factors train"):
         make_trainer(frozen, tmp_path)
     with pytest.raises(ValueError, match="BertForMaskedLM is not factorized: there are no ranks to fix"):
         fnl_hf.fix_ranks(make_model("bert"))
@@ -639,7 +652,7 @@ def test_what_cannot_be_right_is_refused(tmp_path):
     args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **ARGUMENTS)
     optimizer = torch.optim.AdamW(model.parameters())
     given = fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert"), optimizers=(optimizer, None))
-    with pytest.raises(ValueError, match="does not hold the core of .*: let the trainer make the optimizer"):
+    with pytest.raises(ValueError, match="does not hold the core of .*: let `train` of a new trainer make"):
         given.train()
     with pytest.warns(UserWarning, match="rank_interval is 100, but the run has 2 steps: no rank will change"):
         make_trainer(make_model("bert"), tmp_path, rank_interval=100, max_steps=2).train()

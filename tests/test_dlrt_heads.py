@@ -253,7 +253,7 @@ def test_grown_bases_of_heads_keep_within_their_width():
     grad_k, grad_l = gradient @ old[2], gradient.mT @ old[0]
     wide = dlrt.augment(*old, grad_k, grad_l, 7)
     whole = dlrt.augment(*old, grad_k, grad_l)
-    assert wide[1].shape == (4, 7, 7) and whole[1].shape == (4, 9, 9)
+    assert wide[1].shape == (4, 7, 7) and whole[1].shape == (4, 10, 10)
     assert_close(wide[0] @ wide[1] @ wide[2].mT, old[0] @ old[1] @ old[2].mT, rtol=0, atol=1e-12)
     assert dlrt.augment(*old, grad_k, grad_l, 5)[1].shape == (4, 5, 5)
 

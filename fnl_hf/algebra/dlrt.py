@@ -14,6 +14,7 @@ gradient of W, that of K = U S is ∇K = G V (*batch, m, r), and that of L = V S
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Factors = tuple[Tensor, Tensor, Tensor]
 
@@ -61,20 +62,21 @@ def augment(
     """Û, Ŝ, V̂ of the same matrix in bases that hold the gradient's directions too: orth [U | ∇K], orth [V | ∇L].
 
     The first r columns of Û are U, made orthonormal again, and those of V̂ are V. What is added where gradients are
-    dependent or zero is arbitrary, but orthonormal. Where 2 r exceeds min(m, n) or ``widest``, the leading directions
-    of each gradient outside its basis are added, up to that.
+    dependent or zero is arbitrary, but orthonormal. Where 2 r exceeds m, n or ``widest``, the leading directions of the
+    gradient outside that basis are added, up to that. A basis that is complete before the other one, which then still
+    has to turn, gets columns of zeros beside: the core stays square, and its rows or columns there stay zero.
 
     Args:
-        widest: What the rank may be at most, beside min(m, n); of heads their width. At least r.
+        widest: What the rank may be at most; of heads their width. At least r.
 
     Returns:
-        (*batch, m, k), (*batch, k, k), (*batch, n, k) with k = min(2 r, m, n, widest).
+        (*batch, m, k), (*batch, k, k), (*batch, n, k) with k = min(2 r, max(m, n), widest).
     """
     rank = left.shape[-1]
-    extra = min(rank, left.shape[-2] - rank, right.shape[-2] - rank)
-    if widest is not None:
-        extra = min(extra, widest - rank)
-    new_left, new_right = _extended(left, grad_k, extra), _extended(right, grad_l, extra)
+    room = rank if widest is None else min(rank, widest - rank)
+    more = [min(room, basis.shape[-2] - rank) for basis in (left, right)]
+    new_left, new_right = _extended(left, grad_k, more[0]), _extended(right, grad_l, more[1])
+    new_left, new_right = F.pad(new_left, (0, max(more) - more[0])), F.pad(new_right, (0, max(more) - more[1]))
     new_core = (new_left.mT @ left.double()) @ core.double() @ (right.double().mT @ new_right)
     return _as(left, new_left, new_core, new_right)
 
@@ -113,10 +115,14 @@ def truncate(
 ) -> Factors:
     """U P, Σ, V Q of the SVD S = P Σ Qᵀ, cut at the rank of `kept_rank`: the best approximation of that rank.
 
+    Columns of zeros that `augment` gave to a complete basis go first.
+
     Returns:
         (*batch, m, r), (*batch, r, r) diagonal and descending, (*batch, n, r).
     """
-    turned, sigma, back = torch.linalg.svd(core.double())
+    left, right = left[..., : left.shape[-2]], right[..., : right.shape[-2]]
+    core = core[..., : left.shape[-1], : right.shape[-1]]
+    turned, sigma, back = torch.linalg.svd(core.double(), full_matrices=False)
     rank = kept_rank(sigma, tolerance, rank_min, rank_max)
     first, last = turned[..., :rank], back.mT[..., :rank]
     return _as(left, left.double() @ first, torch.diag_embed(sigma[..., :rank]), right.double() @ last)

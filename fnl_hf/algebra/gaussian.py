@@ -68,8 +68,8 @@ class Smooth:
 
     The derivatives are those of Gaussian expectations, ∂E f(a, b)/∂c = E ∂²f/∂a∂b and ∂E f/∂s = ½ E ∂²f/∂b² (Price,
     1958), so that nothing is divided by √(1 − ρ²). For GELU the risk is right to 1e-9 up to p = 1. Above, where σ
-    bends between two nodes, it is to 1e-4 at 2 and to a hundredth from 4 on; of rows that are nearly parallel (ρ > 0.9),
-    whose risk is small itself, to 1e-3 and to a tenth.
+    bends between two nodes, it is to 1e-4 at 2 and to a hundredth from 4 on; of nearly parallel rows (ρ > 0.9), whose
+    risk is small itself, to 1e-3 and to a tenth.
 
     Args:
         derivatives: x -> σ(x), σ'(x) and σ''(x).

@@ -76,7 +76,14 @@ class RankAdaptation(Rule, ExportableState):
         adaptive(run.model)
 
     def prepare(self) -> None:
-        """U Σ Vᵀ in place of U Vᵀ; bases and cores are kept out of DDP, whose buckets have fixed shapes."""
+        """U Σ Vᵀ in place of U Vᵀ; bases and cores are kept out of DDP, whose buckets have fixed shapes.
+
+        Raises:
+            ValueError: The optimizer was made before; or DDP would have nothing to do.
+        """
+        self._found = None
+        if self._optimizer is not None:
+            self._check_cores(self._optimizer)
         for each in self.products():
             each.make_orthonormal()
             if self._processes > 1:
@@ -85,6 +92,11 @@ class RankAdaptation(Rule, ExportableState):
             parameters = {p for each in self.products() for p in (each.core, *each.bases)}
             named = self.run.model.named_parameters(remove_duplicate=False)
             names = [name for name, parameter in named if parameter in parameters]
+            if all(p in parameters for p in self.run.model.parameters() if p.requires_grad):
+                raise ValueError(
+                    "rank_adaptation in several processes needs a parameter that trains beside the factors, as DDP "
+                    "does: leave a bias or a normalisation unfrozen, or train in one process"
+                )
             self._known_to_ddp = getattr(self.run.model, _IGNORED, None)
             setattr(self.run.model, _IGNORED, [*(self._known_to_ddp or ()), *names])
 
@@ -116,12 +128,16 @@ class RankAdaptation(Rule, ExportableState):
                 f"rank_adaptation is not proven beside {type(optimizer).__name__}, which keeps or steps parameters in "
                 "a way of its own: choose another optimizer, such as adamw_torch"
             )
+        self._check_cores(optimizer)
+        self._optimizer = optimizer
+
+    def _check_cores(self, optimizer: Optimizer) -> None:
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if lacking := [each.name for each in self.products() if each.core is None or each.core not in held]:
             raise ValueError(
-                f"{type(optimizer).__name__} does not hold the core of {lacking[0]}: let the trainer make the optimizer"
+                f"{type(optimizer).__name__} does not hold the core of {lacking[0]}, which is younger: let `train` of a "
+                "new trainer make the optimizer"
             )
-        self._optimizer = optimizer
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Say what adapts; go on in the phase of a checkpoint."""
@@ -146,7 +162,7 @@ class RankAdaptation(Rule, ExportableState):
         for line in told(keeping_their_rank(self.run.model)):
             say(f"fnl_hf: {line}")
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def leave(self) -> None:
         """Whoever trains the model next trains all of it."""
         for each in self.products():
             each.freeze(False)
@@ -187,13 +203,15 @@ class RankAdaptation(Rule, ExportableState):
         self._reduce(list(parameters))
         if not grows:
             return
-        finite = all(torch.stack([p.grad.isfinite().all() for p in parameters if p.grad is not None]).tolist())
-        gradients = [each.gradients() for each in products] if finite else []  # all, before any weight is replaced
-        for each, some in zip(products, gradients, strict=finite):
+        found = [p.grad.isfinite().all() for p in parameters if p.grad is not None]
+        grows = bool(found) and all(torch.stack(found).tolist())  # else the next step tries again, as fp16 does anyway
+        reached = [each for each in products if each.core.grad is not None] if grows else []
+        gradients = [each.gradients() for each in reached]  # all, before any weight is replaced
+        for each, some in zip(reached, gradients, strict=True):
             self._augment(each, some)
         for each in products:
             each.freeze()
-        self.augmented = finite  # else fp16 skips this step, and the next one tries again
+        self.augmented = grows
 
     def after_step(self) -> None:
         """At the end of a cycle the ranks are cut, alike on all processes."""
@@ -265,7 +283,7 @@ class RankAdaptation(Rule, ExportableState):
 
         Ranks are those that were settled last; ``augmented`` says whether the bases are wider now.
         """
-        logs = {f"dlrt/{name}": value for name, value in self._measures().items()}
+        logs = {f"dlrt/{name}": value for name, value in self._measures(self.ranks).items()}
         logs["dlrt/augmented"] = float(self.augmented)
         if self._unlogged:  # two numbers of every product: once for every time that they change
             for each in self.products():
@@ -276,14 +294,15 @@ class RankAdaptation(Rule, ExportableState):
         return {name: float(f"{value:.6g}") for name, value in logs.items()}
 
     def results(self) -> dict[str, float]:
-        """Mean rank and compression that the run ended with."""
-        return {f"dlrt_{name}": value for name, value in self._measures().items()}
+        """Mean rank and compression of the model as it is, also between two cuts: what `fix_ranks` makes of it."""
+        ranks = {each.name: min(each.rank, each.full_rank) for each in self.products()}
+        return {f"dlrt_{name}": value for name, value in self._measures(ranks).items()}
 
-    def _measures(self) -> dict[str, float]:
+    def _measures(self, ranks: dict[str, int]) -> dict[str, float]:
         products = self.products()
-        kept = sum(each.size(self.ranks[each.name]) for each in products)
+        kept = sum(each.size(ranks[each.name]) for each in products)
         dense = sum(each.dense_size for each in products)
-        return {"rank": sum(self.ranks.values()) / len(products), "compression": kept / dense}
+        return {"rank": sum(ranks.values()) / len(products), "compression": kept / dense}
 
     def _ends_within_cycle(self, state) -> bool:
         """Whether no cycle but this one begins before the run ends."""
@@ -295,9 +314,9 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a module: names that DDP le
 
 
 def _bounds(each: Adaptive, smallest: int, largest: int | None) -> tuple[int, int]:
-    """Of a rank after a cut: half of what its matrix or its heads can have, where nothing higher or lower is given."""
-    largest = max(1, each.widest // 2) if largest is None else min(largest, each.highest)
-    return min(smallest, largest), largest
+    """Of a rank after a cut: at most half of what its matrix or its heads can have, where nothing else is given."""
+    smallest = min(smallest, each.highest)
+    return smallest, max(smallest, each.full_rank // 2 if largest is None else min(largest, each.highest))
 
 
 def _from_the_first(tensor: Tensor) -> Tensor:

@@ -63,6 +63,9 @@ class Rule(TrainerCallback):
     def after_step(self) -> None:
         """After the optimizer's step; ``run.state.global_step`` counts it already."""
 
+    def leave(self) -> None:
+        """When ``train`` ends, also by an error or Ctrl-C: what holds for the time of a run is undone here."""
+
     def covered(self) -> set[nn.Parameter]:
         """The parameters whose weight decay this rule replaces: they get none."""
         return set()

@@ -1,0 +1,175 @@
+"""Runs whose ranks adapt and that are not as others: stopped, partly reached, started again, or at their bounds."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.testing import assert_close
+from transformers import TrainerCallback
+
+import fnl_hf
+from fnl_hf.ranks import adaptive
+from fnl_hf.rules import RankAdaptation
+from tests.test_dlrt import ARGUMENTS, LAYERS, make_trainer, ranks
+from tests.test_trainer import examples, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(control)
+
+
+def stop(control):
+    control.should_training_stop = True
+
+
+def interrupt(control):
+    raise KeyboardInterrupt
+
+
+def weights(model):
+    return {name: product.composed().detach().clone() for name, product in named(model).items()}
+
+
+def named(model):
+    return {product.name: product for product in fnl_hf.factorizations(model)}
+
+
+def test_what_a_run_reports_is_the_model_that_it_leaves(tmp_path):
+    """Stopped between growing and cutting, it has the ranks that it has."""
+    trainer = make_trainer(make_model("bert"), tmp_path, callbacks=[At(6, stop)])
+    metrics = trainer.train().metrics
+    found = ranks(trainer.model)
+    assert metrics["dlrt_rank"] == pytest.approx(sum(found.values()) / len(found))
+    fnl_hf.fix_ranks(trainer.model)
+    products = fnl_hf.factorizations(trainer.model)
+    kept = sum(product.size()[1] * sum(product.composed().shape[-2:]) for product in products)
+    dense = sum(product.composed()[0].numel() for product in products)
+    assert metrics["dlrt_compression"] == pytest.approx(kept / dense)
+
+
+def test_after_an_interrupt_everything_trains_as_before(tmp_path):
+    trainer = make_trainer(make_model("bert"), tmp_path, callbacks=[At(6, interrupt)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_a_trainer_whose_model_was_given_other_factors_says_so(tmp_path):
+    trainer = make_trainer(make_model("bert"), tmp_path)
+    trainer.train()
+    fnl_hf.fix_ranks(trainer.model)
+    before = weights(trainer.model)
+    with pytest.raises(
+        ValueError, match="does not hold the core of .*, which is younger: let `train` of a new trainer"
+    ):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert_close(weights(trainer.model), before, rtol=0, atol=0)
+    again = make_trainer(trainer.model, tmp_path, config=None)
+    again.train()
+    assert any(not torch.allclose(value, before[name]) for name, value in weights(trainer.model).items())
+
+
+class Idle(nn.Module):
+    """A model beside a layer that is never called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.idle, self.config = model, nn.Linear(24, 32), model.config
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+def test_a_layer_that_no_step_reaches_stays_as_it_is(tmp_path):
+    model = Idle(make_model("bert"))
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules=["idle", "*.query"], rank=0.25))
+    before = weights(model)
+    options = {"weight_decay": 0.5, "max_steps": 6, "optim": "adamw_torch"}
+    args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **ARGUMENTS | options)
+    fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert")).train()
+    after = weights(model)
+    moved = {name for name, value in after.items() if not torch.allclose(value, before[name], rtol=0, atol=1e-6)}
+    assert moved == before.keys() - {"idle"} and moved
+
+
+def test_steps_that_reach_nothing_grow_nothing(tmp_path):
+    """LayerDrop may skip the only layer that adapts."""
+    config = tf.BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_layerdrop=1.0,
+        max_position_embeddings=32, decoder_start_token_id=2,
+    )  # fmt: skip
+    model = tf.BartForConditionalGeneration(config)
+    layer = fnl_hf.FNLConfig(attention=(), target_modules=["*.encoder.layers.0.fc1"], rank=0.25)
+    fnl_hf.factorize(model, layer)
+    before = weights(model)
+    ids = torch.arange(5, 11)
+    args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **ARGUMENTS | {"max_steps": 6})
+    trainer = fnl_hf.FNLTrainer(model, args, train_dataset=[{"input_ids": ids, "labels": ids}] * 8)
+    trainer.train()
+    assert_close(weights(model), before, rtol=0, atol=1e-6)
+    assert set(ranks(model).values()) == {4}
+
+
+@pytest.mark.parametrize("bounds, expected", [({"rank_min": 20}, 20), ({"rank_min": 40}, 32)])
+def test_the_lowest_rank_is_kept_where_a_matrix_can_have_it(bounds, expected, tmp_path):
+    trainer = make_trainer(make_model("bert"), tmp_path, rank_tolerance=0.9, **bounds)
+    trainer.train()
+    assert set(ranks(trainer.model).values()) == {expected}
+    with pytest.raises(ValueError, match="rank_min is 2.0, expected an int of at least 1"):
+        make_trainer(make_model("bert"), tmp_path, rank_min=2.0)
+
+
+def test_layers_of_full_rank_leave_their_column_space_and_resume(tmp_path):
+    """Their bases have columns of zeros while they are grown: also in a checkpoint."""
+    start = fnl_hf.factorize(make_model("bert").double(), fnl_hf.FNLConfig(**LAYERS.to_dict() | {"rank": 1.0}))
+    options = {"rank_max": 100, "rank_tolerance": 0.0, "max_steps": 10, "save_strategy": "steps", "save_steps": 1}
+    whole = copy.deepcopy(start)
+    make_trainer(whole, tmp_path, **options).train()
+    assert set(ranks(whole).values()) == {32}
+    name = "bert.encoder.layer.0.intermediate.dense"
+    rows, columns = named(start)[name].composed().shape[-2:]
+    assert rows > columns == 32
+    left = torch.linalg.qr(named(start)[name].composed()[0].detach())[0]
+    now = named(whole)[name].composed()[0].detach()
+    assert (now - left @ (left.mT @ now)).norm() > 1e-2 * now.norm()
+    loaded = tf.BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
+    assert named(loaded)[name].size()[1] == rows
+    resumed = copy.deepcopy(start)
+    make_trainer(resumed, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (key, value), same in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert_close(same, value, rtol=0, atol=0, msg=key)
+
+
+def test_a_first_step_that_loss_scaling_skips(tmp_path):
+    """The fused optimizer has a state by then, and has counted no step."""
+    trainer = make_trainer(make_model("bert"), tmp_path, optim="adamw_torch_fused", max_steps=6)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-110)
+    trainer.accelerator.scaler = scaler
+    trainer.train()
+    assert scaler.get_scale() < 2.0**100  # it has skipped one
+    assert all(value.isfinite().all() for value in weights(trainer.model).values())
+
+
+def test_processes_without_anything_beside_the_factors_are_told(tmp_path, monkeypatch):
+    model = fnl_hf.factorize(make_model("bert"), LAYERS)
+    factors = {parameter for product in fnl_hf.factorizations(model) for parameter in product.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter in factors)
+    trainer = make_trainer(model, tmp_path, config=None)
+    monkeypatch.setattr(RankAdaptation, "_processes", 2)
+    with pytest.raises(ValueError, match="several processes needs a parameter that trains beside the factors"):
+        trainer.train()
+    assert all(basis.requires_grad for each in adaptive(model) for basis in each.bases)
