@@ -104,7 +104,7 @@ def test_augmenting_keeps_the_matrix_and_both_old_bases_in_front():
             assert error(new[side][:, :whole]) < 1e-13 and not new[side][:, whole:].any()
             outside = span - new[side] @ (new[side].mT @ span)
             assert outside.norm() < 1e-12 * span.norm()
-        cut = dlrt.truncate(*new, 0.0, 1)
+        cut = dlrt.truncate(*new, 0.0, 99)
         assert cut[1].shape == (min(wide, *shape),) * 2 and error(cut[0]) < 1e-13 and error(cut[2]) < 1e-13
         assert_close(matrix(*cut), matrix(*old), rtol=0, atol=1e-12)
 

@@ -1,6 +1,7 @@
 """Runs whose ranks adapt and that are not as others: stopped, partly reached, started again, or at their bounds."""
 
 import copy
+from functools import reduce
 
 import pytest
 import torch
@@ -38,11 +39,9 @@ def interrupt(control):
 
 
 def weights(model):
-    return {name: product.composed().detach().clone() for name, product in named(model).items()}
-
-
-def named(model):
-    return {product.name: product for product in fnl_hf.factorizations(model)}
+    """name -> the matrix of a layer, (m, n)."""
+    products = fnl_hf.factorizations(model)
+    return {product.name: reduce(torch.matmul, product.factors())[0].detach() for product in products}
 
 
 def test_what_a_run_reports_is_the_model_that_it_leaves(tmp_path):
@@ -52,9 +51,9 @@ def test_what_a_run_reports_is_the_model_that_it_leaves(tmp_path):
     found = ranks(trainer.model)
     assert metrics["dlrt_rank"] == pytest.approx(sum(found.values()) / len(found))
     fnl_hf.fix_ranks(trainer.model)
-    products = fnl_hf.factorizations(trainer.model)
-    kept = sum(product.size()[1] * sum(product.composed().shape[-2:]) for product in products)
-    dense = sum(product.composed()[0].numel() for product in products)
+    shapes = {name: matrix.shape for name, matrix in weights(trainer.model).items()}
+    kept = sum(product.size()[1] * sum(shapes[product.name]) for product in fnl_hf.factorizations(trainer.model))
+    dense = sum(rows * columns for rows, columns in shapes.values())
     assert metrics["dlrt_compression"] == pytest.approx(kept / dense)
 
 
@@ -70,9 +69,7 @@ def test_a_trainer_whose_model_was_given_other_factors_says_so(tmp_path):
     trainer.train()
     fnl_hf.fix_ranks(trainer.model)
     before = weights(trainer.model)
-    with pytest.raises(
-        ValueError, match="does not hold the core of .*, which is younger: let `train` of a new trainer"
-    ):
+    with pytest.raises(ValueError, match="does not hold the core of .*: let `train` of a new trainer"):
         trainer.train()
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
     assert_close(weights(trainer.model), before, rtol=0, atol=0)
@@ -94,9 +91,9 @@ class Idle(nn.Module):
 
 def test_a_layer_that_no_step_reaches_stays_as_it_is(tmp_path):
     model = Idle(make_model("bert"))
-    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules=["idle", "*.query"], rank=0.25))
+    fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules=["idle", "query"], rank=0.25))
     before = weights(model)
-    options = {"weight_decay": 0.5, "max_steps": 6, "optim": "adamw_torch"}
+    options = {"weight_decay": 0.5, "max_steps": 6, "rank_tolerance": 0.0, "remove_unused_columns": False}
     args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **ARGUMENTS | options)
     fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert")).train()
     after = weights(model)
@@ -112,7 +109,7 @@ def test_steps_that_reach_nothing_grow_nothing(tmp_path):
         max_position_embeddings=32, decoder_start_token_id=2,
     )  # fmt: skip
     model = tf.BartForConditionalGeneration(config)
-    layer = fnl_hf.FNLConfig(attention=(), target_modules=["*.encoder.layers.0.fc1"], rank=0.25)
+    layer = fnl_hf.FNLConfig(attention=(), target_modules=["encoder.layers.0.fc1"], rank=0.25)
     fnl_hf.factorize(model, layer)
     before = weights(model)
     ids = torch.arange(5, 11)
@@ -140,13 +137,13 @@ def test_layers_of_full_rank_leave_their_column_space_and_resume(tmp_path):
     make_trainer(whole, tmp_path, **options).train()
     assert set(ranks(whole).values()) == {32}
     name = "bert.encoder.layer.0.intermediate.dense"
-    rows, columns = named(start)[name].composed().shape[-2:]
+    before, now = weights(start)[name], weights(whole)[name]
+    rows, columns = before.shape
     assert rows > columns == 32
-    left = torch.linalg.qr(named(start)[name].composed()[0].detach())[0]
-    now = named(whole)[name].composed()[0].detach()
+    left = torch.linalg.qr(before)[0]
     assert (now - left @ (left.mT @ now)).norm() > 1e-2 * now.norm()
     loaded = tf.BertForMaskedLM.from_pretrained(tmp_path / "checkpoint-2", dtype=torch.float64)
-    assert named(loaded)[name].size()[1] == rows
+    assert {product.name: product.size()[1] for product in fnl_hf.factorizations(loaded)}[name] == rows
     resumed = copy.deepcopy(start)
     make_trainer(resumed, tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (key, value), same in zip(whole.named_parameters(), resumed.parameters(), strict=True):

@@ -135,8 +135,8 @@ class RankAdaptation(Rule, ExportableState):
         held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         if lacking := [each.name for each in self.products() if each.core is None or each.core not in held]:
             raise ValueError(
-                f"{type(optimizer).__name__} does not hold the core of {lacking[0]}, which is younger: let `train` of a "
-                "new trainer make the optimizer"
+                f"{type(optimizer).__name__} does not hold the core of {lacking[0]}: let `train` of a new trainer make "
+                "the optimizer"
             )
 
     def on_train_begin(self, args, state, control, **kwargs):
