@@ -93,7 +93,7 @@ def test_a_layer_that_no_step_reaches_stays_as_it_is(tmp_path):
     model = Idle(make_model("bert"))
     fnl_hf.factorize(model, fnl_hf.FNLConfig(attention=(), target_modules=["idle", "query"], rank=0.25))
     before = weights(model)
-    options = {"weight_decay": 0.5, "max_steps": 6, "rank_tolerance": 0.0, "remove_unused_columns": False}
+    options = {"weight_decay": 0.5, "frobenius_decay": 0.0, "max_steps": 6, "remove_unused_columns": False}
     args = fnl_hf.FNLTrainingArguments(output_dir=str(tmp_path), **ARGUMENTS | options)
     fnl_hf.FNLTrainer(model, args, train_dataset=examples("bert")).train()
     after = weights(model)
