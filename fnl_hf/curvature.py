@@ -19,6 +19,7 @@ from .moments import Moment, checked, evaluated, masks_of, plus, run
 from .plan import Target
 
 WIDE = 4096  # features, of which all pairs would take more than 128 MiB
+EVEN = 0.1  # of a curvature, alike in all directions, where the outputs are few
 
 
 class _Curvature(Moment):
@@ -47,6 +48,10 @@ def curvatures(
 
     The model is left as it was: no gradients of its parameters are made.
 
+    Few outputs, such as those of a classifier, feel few directions, and hardly any where they are sure. What the others
+    hold would be given up, and learning anything new would have to do without: so `EVEN` of G is spread over all of
+    them where there are fewer outputs than G is wide, everywhere.
+
     Returns:
         Name of a target -> G, (*batch, width, width), of its rows (of queries for queries and keys), float64, drawn to
         a multiple of the identity where positions are few; its diagonal (1, width) where an output is wider than
@@ -67,8 +72,20 @@ def curvatures(
                 if gradient is not None:
                     with torch.no_grad():
                         moment.add(module, gradient, masks)
-    found = {name: moment.mean(True)[0] for name, moment in moments.items()}
+    means = {name: moment.mean(True)[0] for name, moment in moments.items()}
+    found = {name: mean for name, mean in means.items() if mean is not None}
+    if found and teacher.numbers < min(mean.shape[-1] for mean in found.values()):
+        found = {name: _evened(mean) for name, mean in found.items()}
     return {target.name: found.get(target.name) for target in targets}
+
+
+def _evened(curvature: Tensor) -> Tensor:
+    """`EVEN` of its trace, or of the sum of a diagonal, spread over all directions."""
+    kept = (1 - EVEN) * curvature
+    if curvature.shape[-2] == 1 < curvature.shape[-1]:
+        return kept + EVEN * curvature.mean(-1, keepdim=True)
+    means = curvature.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None].expand(curvature.shape[:-1])
+    return kept + EVEN * torch.diag_embed(means)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class Teacher:
         self._problem = getattr(config, "problem_type", None)
         self._detects = type(model).__name__.endswith("ForPreTraining")  # ELECTRA: of each token a yes or no
         self._rows: bool | None = None  # whether what is compared is one thing of each row
+        self.numbers = 0  # of each position, or row, that are compared; known once outputs were seen
 
     @torch.no_grad()
     def outputs(self, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -67,7 +68,13 @@ class Teacher:
             )
         of_tokens = outputs[names[0]].dim() == 3 or (outputs[names[0]].dim() == 2 and self._detects)
         self._rows = not of_tokens or names[0] not in (HIDDEN, *LOGITS_OF_POSITIONS)
+        self.numbers = sum(self._numbers(name, outputs[name]) for name in names)
         return names
+
+    def _numbers(self, name: str, outputs: Tensor) -> int:
+        if name in ANSWERS or (outputs.dim() == 2 and name == "logits" and self._detects):
+            return 1  # of each position
+        return outputs.shape[1 if outputs.dim() == 4 else -1]
 
     def count(self, inputs: Mapping[str, Any]) -> Tensor:
         """How many positions of a batch, or rows, the loss is a mean over; the first batch is run to see which."""
