@@ -1,4 +1,4 @@
-"""The command line: `fnl-hf factorize`, `compress`, `to-dense` and `inspect`, on checkpoint directories."""
+"""The command line on checkpoint directories: `fnl-hf factorize`, `compress`, `to-dense`, `fix-ranks`, `inspect`."""
 
 import argparse
 import contextlib
@@ -29,6 +29,7 @@ from .config import (
 from .measure import spectra
 from .overview import Summary, summary
 from .patching import factorize, to_dense
+from .ranks import fix_ranks
 from .texts import encoded_texts, text_batches
 
 EXAMPLES = """examples:
@@ -38,6 +39,7 @@ EXAMPLES = """examples:
   fnl-hf compress my-bert my-bert-half --target_ratio 0.5 --calibration texts.txt --teach 500
   fnl-hf inspect my-bert-half
   fnl-hf to-dense my-bert-half my-bert-dense
+  fnl-hf fix-ranks runs/bert/checkpoint-1500 my-bert-adapted
 
 The model class comes from `architectures` in DIR/config.json. Tokenizer, processor and generation files are carried
 along, and folders that hold no weights (1_Pooling). OUT is written as a whole or not at all, and never over files that
@@ -178,6 +180,13 @@ def _to_dense(options: argparse.Namespace) -> None:
     print(f"fnl_hf: {options.out} is an ordinary checkpoint")
 
 
+def _fix_ranks(options: argparse.Namespace) -> None:
+    refuse_existing(options.out)
+    model = fix_ranks(load_model(options.dir), options.rank_tolerance, options.rank_max)
+    _write(model, options)
+    print(f"fnl_hf: {options.out} has the ranks that it was trained to, in ordinary factors")
+
+
 def _write(model: transformers.PreTrainedModel, options: argparse.Namespace) -> None:
     if left := write_checkpoint(model, options.dir, options.out):
         print(f"fnl_hf: {', '.join(left)} not carried along: weights or logs of their own")
@@ -257,8 +266,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--form", default="matrix", choices=FORMS, help="of layers: U V^T, or U M V^T (deep)")
     command.add_argument(
         "--init", default="spectral", choices=INITIALIZATIONS,
-        help="""initialisation of the factors; activation looks at texts (--calibration), functional (for layers that
-        an activation follows) may""",
+        help="""initialisation of the factors; activation needs texts (--calibration), functional, which is for layers
+        that an activation follows, can do without""",
     )  # fmt: skip
     command.add_argument(
         "--calibration", type=Path, metavar="FILE",
@@ -315,6 +324,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "to-dense", _to_dense, "make an ordinary checkpoint of the same function")
     command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+
+    command = _command(
+        commands, "fix-ranks", _fix_ranks, "make ordinary factors of what was trained with rank_adaptation (U S V^T)"
+    )
+    command.add_argument("out", metavar="OUT", type=Path, help="directory to write")
+    command.add_argument(
+        "--rank_tolerance", type=float, default=0.0, metavar="SHARE",
+        help="cut before what is together this share of a product's norm, as the end of a cycle does (default: 0)",
+    )  # fmt: skip
+    command.add_argument("--rank_max", type=int, metavar="RANK", help="and to this rank at most")
 
     command = _command(commands, "inspect", _inspect, "show what is factorized, what is not and why, and the spectra")
     command.add_argument("--json", action="store_true", help="print JSON, not tables")

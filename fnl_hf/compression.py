@@ -22,7 +22,7 @@ from .trainer import FNLTrainer
 from .training_arguments import FNLTrainingArguments
 
 LOOKS, ROWS = 4, 8  # batches that errors are measured on, and texts of each
-TAUGHT_BATCH, TAUGHT_RATE, WARMUP = 32, 1e-4, 20
+TAUGHT_BATCH, TAUGHT_RATE, WARMUP = 32, 3e-4, 20
 ROUNDS = 5  # of timing
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .algebra import chain, dlrt
 from .attachment import attached
 from .factorization import Declares, Factorization, FactorLeaf, Resizable, is_factorized
-from .heads import heads_that_keep_their_rank
+from .heads import FROZEN, heads_that_keep_their_rank
 from .plan import Target
 
 # ‖UᵀU − 1‖ (largest entry) up to which columns count as orthonormal: rounding of float32, and nothing that was trained
@@ -154,10 +154,14 @@ def adaptive(model: nn.Module) -> list[Adaptive]:
     found = _grouped(model, lambda name, declaration: name not in kept)
     if not found:
         missing = "; ".join(told(kept)) or "nothing in it is factorized"
+        advice = (
+            "call fnl_hf.factorize(model, FNLConfig(head_rank=0.25)), or FNLConfig(attention=(), "
+            'target_modules="all-linear", rank=0.25), before making the trainer'
+        )
+        if FROZEN in kept.values():
+            advice = "unfreeze what adapters or you have frozen (parameter.requires_grad_(True)), or train without it"
         raise ValueError(
-            f"rank_adaptation needs layers of factors or products of narrow heads that train, but {missing}: call "
-            "fnl_hf.factorize(model, FNLConfig(head_rank=0.5)), or FNLConfig(attention=(), "
-            'target_modules="all-linear", rank=0.5), before making the trainer'
+            f"rank_adaptation needs layers of factors or products of narrow heads that train, but {missing}: {advice}"
         )
     halves = (torch.float16, torch.bfloat16)
     if coarse := next((each for each in found if each.bases[0].dtype in halves), None):
@@ -181,7 +185,7 @@ def keeping_their_rank(model: nn.Module) -> dict[str, str]:
         if module.for_inference or not isinstance(module, Resizable):
             reasons[name] = "there are no factors that could be given another rank"
         elif isinstance(module, FactorLeaf) and not _trains(module):
-            reasons[name] = "not all factors train"
+            reasons[name] = FROZEN
     return reasons
 
 
@@ -213,26 +217,35 @@ def take_ranks(model: nn.Module, targets: Mapping[str, Target]) -> None:
             each.write(wider[0], core.new_zeros(len(core), target.rank, target.rank), wider[1])
 
 
-def fix_ranks(model: nn.Module) -> nn.Module:
+def fix_ranks(model: nn.Module, rank_tolerance: float = 0.0, rank_max: int | None = None) -> nn.Module:
     """Ordinary factors in the place of those whose rank adapts: U S Vᵀ becomes a balanced U Vᵀ, in place.
 
     The function and the ranks stay as they are, also those of a run that ended between augmenting and truncating. A
     layer that was factorized as a deep one becomes an ordinary one too; others are left alone. Projections whose heads
     have their full width become the ordinary layers that they are at full rank.
 
+    Args:
+        rank_tolerance, rank_max: Cut before, as the end of a cycle does: for a run that was stopped within one.
+
     Returns:
         The model.
 
     Raises:
-        ValueError: Nothing in the model is factorized.
+        ValueError: Nothing in the model is factorized; or a bound is none.
     """
     if not is_factorized(model):
         raise ValueError(f"{type(model).__name__} is not factorized: there are no ranks to fix")
+    if not 0 <= rank_tolerance < 1:
+        raise ValueError(f"rank_tolerance is {rank_tolerance!r}, expected at least 0 and below 1: a share of a norm")
+    if rank_max is not None and (type(rank_max) is not int or rank_max < 1):
+        raise ValueError(f"rank_max is {rank_max!r}, expected an int of at least 1")
     deep = _grouped(model, lambda name, declaration: declaration.deep)
     trains = [any(p.requires_grad for p in (each.core, *each.bases)) for each in deep]
     for each in deep:
         left, core, right = (factor.double() for factor in each.factors())
         left, core, right = dlrt.orthonormal(left, right, core)
+        if rank_tolerance or rank_max is not None:
+            left, core, right = dlrt.truncate(left, core, right, rank_tolerance, 1, rank_max)
         root, dtype = core.diagonal(dim1=-2, dim2=-1).sqrt()[..., None, :], each.core.dtype
         each.write((left * root).to(dtype), None, (right * root).to(dtype))
     for each, trained in zip(deep, trains, strict=True):

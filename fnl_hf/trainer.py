@@ -14,6 +14,7 @@ from .layers import hidden_matrices
 from .loss import LabelCount, labels_of
 from .optim import NAG, Lamb
 from .rules import FrobeniusDecay, LogFactorizations, LossSoFar, RankAdaptation, Rule
+from .rules.rank_adaptation import is_of_adapting_run
 from .saving import own_names
 from .spectron import Spectron
 from .training_arguments import FNLArguments
@@ -275,7 +276,16 @@ class FNLTrainerMixin(WarmStartMixin):
     # -- checkpoints ------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """As in `Trainer`; rules prepare the model for the checkpoint."""
+        """As in `Trainer`; rules prepare the model for the checkpoint.
+
+        Raises:
+            ValueError: Ranks have adapted in the run that it is of, and do not in this one; or what rules refuse.
+        """
+        if self.args.rank_adaptation is None and is_of_adapting_run(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is of a run with rank_adaptation='dlrt', and here it is None: set it, or "
+                "load the model by from_pretrained, fix its ranks (fnl_hf.fix_ranks), and train it in a new run"
+            )
         for rule in self.rules:
             rule.before_load(resume_from_checkpoint)
         return super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -55,9 +55,10 @@ class FNLArguments:
             gradient's directions, up to twice the rank; S is trained; its singular values settle the rank, one for all
             heads of a layer. `fnl_hf.fix_ranks(model)` makes ordinary factors of the result.
         rank_tolerance (`float`, defaults to 0.1):
-            What the singular values that are cut off may be together, as a share of the norm of all.
+            What the singular values that are cut off may be together, as a share of the norm of all. New directions
+            stay if a cycle makes them larger than this: for short cycles it must be far smaller.
         rank_interval (`int`, defaults to 100):
-            Optimizer steps between two changes of the rank. 1: every step changes it.
+            Optimizer steps between two changes of the rank. 1: every step is a whole cycle.
         rank_min (`int`, defaults to 2), rank_max (`int`, *optional*):
             Bounds of every rank after a cut. Not given: half of what a layer's matrix can have, or of the width of
             heads. Heads never keep all of their width, so that their bases can turn.
@@ -148,17 +149,23 @@ class FNLArguments:
             "help": "dlrt: layers of factors and narrow heads are trained as U S V^T whose rank adapts: every "
             "--rank_interval steps U and V grow by the gradient's directions, S is trained, and its singular values "
             "settle the rank. none: ranks stay as they are.",
-            "choices": (*_ADAPTATIONS, "none"),
+            "choices": ("dlrt", "none"),
         },
     )
     rank_tolerance: float = field(
         default=0.1,
-        metadata={"help": "What may be cut off of a layer, as a share of its norm, when its rank is settled."},
+        metadata={
+            "help": "What may be cut off of a product, as a share of its norm, when its rank is settled; far smaller "
+            "for short cycles, in which new directions grow little."
+        },
     )
     rank_interval: int = field(
-        default=100, metadata={"help": "Optimizer steps between two changes of the rank. 1: every step changes it."}
+        default=100,
+        metadata={"help": "Optimizer steps between two changes of the rank. 1: every step is a whole cycle."},
     )
-    rank_min: int = field(default=2, metadata={"help": "Lowest rank of a layer, where its matrix can have that."})
+    rank_min: int = field(
+        default=2, metadata={"help": "Lowest rank after a cut, where a matrix or heads can have that."}
+    )
     rank_max: int | None = field(
         default=None,
         metadata={"help": "Highest rank after a cut. Not given: half of what a matrix, or the width of heads, allows."},
@@ -235,6 +242,8 @@ class FNLArguments:
                     raise ValueError(f"rank_tolerance is {value!r}, expected at least 0 and below 1: a share of a norm")
             elif value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}, expected an int of at least 1")
+        if self.rank_max is not None and self.rank_min == bounds["rank_min"]:
+            self.rank_min = min(self.rank_min, self.rank_max)
         if self.rank_max is not None and self.rank_max < self.rank_min:
             raise ValueError(f"rank_max is {self.rank_max}, below rank_min {self.rank_min}: swap or widen them")
         if self.rank_adaptation is not None:

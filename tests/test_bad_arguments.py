@@ -74,7 +74,7 @@ def refused(monkeypatch, tmp_path, capsys, script, **option) -> str:
         ({"low_rank": 1.5}, "--low_rank 1.5: expected above 0 and at most 1"),
         ({"low_rank": 0.25, "head_rank": 0.5}, "--head_rank 0.5 is of heads, which --low_rank leaves to their linear"),
         ({"factor_learning_rate": 0.1}, "a rate of 'spectron'"),
-        ({"rank_adaptation": "tdlrt"}, "rank_adaptation='tdlrt' (ranks of Tucker factors) is not built yet"),
+        ({"rank_adaptation": "tdlrt"}, "--rank_adaptation: invalid choice: 'tdlrt' (choose from 'dlrt', 'none')"),
         ({"rank_adaptation": "dlrt", "rank_tolerance": 1.5}, "rank_tolerance is 1.5, expected at least 0 and below 1"),
         ({"rank_interval": 5}, "rank_interval is 5, but rank_adaptation is None"),
         ({"metric_for_best_model": "blue"}, "--metric_for_best_model blue: an evaluation gives"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import fnl_hf
 from fnl_hf.cli import main
 from fnl_hf.measure import spectra
+from fnl_hf.ranks import adaptive
 from tests.families import BART, TEXT, build, output
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,20 @@ def test_the_model_card_says_what_is_needed(rank, needs, dense, tmp_path):
     assert (tmp_path / "bare" / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 
 
+def test_ranks_that_adapted_are_fixed(dense, tmp_path, capsys):
+    model = fnl_hf.factorize(tf.AutoModel.from_pretrained(dense), fnl_hf.FNLConfig(head_rank=0.5))
+    for each in adaptive(model):
+        each.make_orthonormal()
+    model.save_pretrained(tmp_path / "deep")
+    for options, rank in (((), 4), (("--rank_max", "3"), 3)):
+        assert run("fix-ranks", tmp_path / "deep", tmp_path / f"fixed-{rank}", *options) == 0
+        fixed = tf.AutoModel.from_pretrained(tmp_path / f"fixed-{rank}")
+        assert {(p.layout, p.size()[1]) for p in fnl_hf.factorizations(fixed)} == {("padded", rank)}
+        close = torch.allclose(output(fixed, TEXT), output(model, TEXT), atol=1e-5)
+        assert close == (rank == 4)
+    assert "is not factorized: there are no ranks to fix" in refused(capsys, "fix-ranks", dense, tmp_path / "out")
+
+
 # -- what is refused ---------------------------------------------------------------------------------
 
 
@@ -184,7 +199,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert error.value.code == 2 and "usage: fnl-hf" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["factorize"], ["to-dense"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["factorize"], ["to-dense"], ["fix-ranks"], ["inspect"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -170,3 +170,36 @@ def test_processes_without_anything_beside_the_factors_are_told(tmp_path, monkey
     with pytest.raises(ValueError, match="several processes needs a parameter that trains beside the factors"):
         trainer.train()
     assert all(basis.requires_grad for each in adaptive(model) for basis in each.bases)
+
+
+def test_a_model_from_within_a_cycle_is_told_and_can_be_cut(tmp_path, capfd):
+    trainer = make_trainer(make_model("bert"), tmp_path, callbacks=[At(6, stop)], rank_max=10)
+    trainer.train()
+    assert "fnl_hf.fix_ranks(model, rank_tolerance=0.3) cuts them" in capfd.readouterr().err
+    grown, whole = ranks(trainer.model), weights(trainer.model)
+    assert max(grown.values()) > 10
+    fnl_hf.fix_ranks(trainer.model, rank_tolerance=0.2, rank_max=10)
+    for product in fnl_hf.factorizations(trainer.model):
+        sigma = torch.linalg.svdvals(whole[product.name].double())
+        tails = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
+        fits = int((tails > 0.2 * tails[0]).sum())
+        assert product.size()[1] == min(fits, 10) and product.layout == ""
+        cut = weights(trainer.model)[product.name]
+        assert_close((cut - whole[product.name]).norm(), tails[product.size()[1]].float(), rtol=1e-3, atol=1e-5)
+    for wrong in ({"rank_tolerance": 1.0}, {"rank_max": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*, expected"):
+            fnl_hf.fix_ranks(trainer.model, **wrong)
+
+
+def test_the_start_says_what_can_only_sink(tmp_path, capfd):
+    make_trainer(make_model("bert"), tmp_path, config=fnl_hf.FNLConfig(head_rank=0.5), max_steps=6).train()
+    printed = capfd.readouterr().err
+    assert "adapt every 4 steps at a tolerance of 0.3, up to 4; 4 of them cannot grow beyond where they are" in printed
+    assert "bases" in printed and "frozen" not in printed
+
+
+def test_a_checkpoint_whose_ranks_adapted_is_refused_without_it(tmp_path):
+    make_trainer(make_model("bert"), tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
+    fixed = {"rank_adaptation": None, "rank_interval": 100, "rank_tolerance": 0.1}
+    with pytest.raises(ValueError, match="is of a run with rank_adaptation='dlrt', and here it is None"):
+        make_trainer(make_model("bert"), tmp_path, **fixed).train(resume_from_checkpoint=True)

@@ -6,7 +6,7 @@ stores narrow heads, `product` the declaration that training finds, `adaptive` w
 rank in training, `inference` which attention gets another form for inference.
 """
 
-from .adaptive import heads_that_keep_their_rank
+from .adaptive import FROZEN, heads_that_keep_their_rank
 from .find import find_attention, find_heads
 from .leaf import HeadLinear, HeadPadding
 from .product import HeadProduct
@@ -14,6 +14,7 @@ from .slices import HeadSlice, RotaryLayout
 from .target import HeadTarget
 
 __all__ = [
+    "FROZEN",
     "HeadLinear",
     "HeadPadding",
     "HeadProduct",

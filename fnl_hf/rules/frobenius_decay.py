@@ -187,6 +187,13 @@ def _refuse_what_decay_cannot_reach(optimizer: Optimizer, products: Sequence[Fac
             )
 
 
+def _beside_cores(model: nn.Module) -> set[nn.Parameter]:
+    """The factors between which a core trains alone, as under ``rank_adaptation``."""
+    deep = [product for product in factorizations(model) if product.layout == "deep"]
+    views = [view for product in deep if product.views[1].parameter.requires_grad for view in product.views]
+    return {p for view in views for p in (view.parameter, view.bias) if p is not None and not p.requires_grad}
+
+
 def decay_table(
     model: nn.Module, optimizer: Optimizer, products: Sequence[Factorization], mode: str, coefficient: str
 ) -> str:
@@ -202,6 +209,10 @@ def decay_table(
         rows.append((f"Frobenius, {mode}", coefficient, f"{len(some)} {kind}", list(trained)))
     rows.append(("none", "", "", l2.get(0.0, [])))
     frozen = [p for p in model.parameters() if not p.requires_grad]
+    bases = _beside_cores(model)
+    if turned := [p for p in frozen if p in bases]:
+        rows.append(("bases", "", "turn with the ranks", turned))
+        frozen = [p for p in frozen if p not in bases]
     still = sum(all(not p.requires_grad for p in product.parameters()) for product in factorizations(model))
     if frozen:
         rows.append(("frozen", "", f"{still} skipped" if still else "", frozen))

@@ -50,7 +50,7 @@ class RankAdaptation(Rule, ExportableState):
     def __init__(self):
         self.augmented = False
         self.ranks: dict[str, int] = {}
-        self._unlogged = True
+        self._logged: dict[str, int] = {}
         self._known_to_ddp: list[str] | None = None
         self._optimizer: Optimizer | None = None
         self._found: tuple[nn.Module, list[Adaptive]] | None = None
@@ -136,7 +136,7 @@ class RankAdaptation(Rule, ExportableState):
         if lacking := [each.name for each in self.products() if each.core is None or each.core not in held]:
             raise ValueError(
                 f"{type(optimizer).__name__} does not hold the core of {lacking[0]}: let `train` of a new trainer make "
-                "the optimizer"
+                "the optimizer (optim=..., or optimizer_cls_and_kwargs)"
             )
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -150,22 +150,37 @@ class RankAdaptation(Rule, ExportableState):
         self._restore(state.stateful_callbacks if state.global_step else {})
         if not state.global_step and state.max_steps <= args.rank_interval:
             warnings.warn(
-                f"rank_interval is {args.rank_interval}, but the run has {state.max_steps} steps: no rank will change; "
-                "lower rank_interval",
+                f"rank_interval is {args.rank_interval}, but the run has {state.max_steps} steps: no rank will change, "
+                "since the last cycle of a run grows nothing; lower rank_interval, or train for longer",
                 stacklevel=2,
             )
         ranks = self.ranks.values()
         say(
             f"fnl_hf: the ranks of {len(ranks)} products, {min(ranks)} to {max(ranks)}, adapt every "
-            f"{args.rank_interval} steps at a tolerance of {args.rank_tolerance:g}"
+            f"{args.rank_interval} steps at a tolerance of {args.rank_tolerance:g}{self._highest()}"
         )
         for line in told(keeping_their_rank(self.run.model)):
             say(f"fnl_hf: {line}")
+
+    def _highest(self) -> str:
+        """The bounds in words, and what can only sink."""
+        args = self.run.args
+        highest = {each.name: _bounds(each, args.rank_min, args.rank_max)[1] for each in self.products()}
+        least, most = min(highest.values()), max(highest.values())
+        full = sum(self.ranks[name] >= highest[name] for name in highest)
+        start = f"; {full} of them cannot grow beyond where they are" if full else ""
+        return f", up to {least if least == most else f'{least} to {most}'}{start}"
 
     def leave(self) -> None:
         """Whoever trains the model next trains all of it."""
         for each in self.products():
             each.freeze(False)
+        if self.augmented:
+            ranks = [each.rank for each in self.products()]
+            say(
+                f"fnl_hf: the model is one from within a cycle, whose bases have grown (ranks {min(ranks)} to "
+                f"{max(ranks)}): fnl_hf.fix_ranks(model, rank_tolerance={self.run.args.rank_tolerance:g}) cuts them"
+            )
 
     def state(self) -> dict:
         """What a checkpoint keeps: the phase, and the ranks that were settled last."""
@@ -225,7 +240,7 @@ class RankAdaptation(Rule, ExportableState):
                     factors = dlrt.truncate(*each.factors(), 0.0, rank, rank)
                 self._put(each, *map(_from_the_first, factors))
                 self.ranks[each.name] = rank
-            self.augmented, self._unlogged = False, True
+            self.augmented = False
 
     @torch.no_grad()
     def _augment(self, each: Adaptive, gradients: dlrt.Factors) -> None:
@@ -285,12 +300,11 @@ class RankAdaptation(Rule, ExportableState):
         """
         logs = {f"dlrt/{name}": value for name, value in self._measures(self.ranks).items()}
         logs["dlrt/augmented"] = float(self.augmented)
-        if self._unlogged:  # two numbers of every product: once for every time that they change
-            for each in self.products():
-                rank = self.ranks[each.name]
-                logs[f"dlrt/rank/{each.name}"] = rank
+        for each in self.products():  # two numbers of every product: when they are new
+            rank = self.ranks[each.name]
+            if self._logged.get(each.name) != rank:
+                logs[f"dlrt/rank/{each.name}"] = self._logged[each.name] = rank
                 logs[f"dlrt/compression/{each.name}"] = each.size(rank) / each.dense_size
-            self._unlogged = False
         return {name: float(f"{value:.6g}") for name, value in logs.items()}
 
     def results(self) -> dict[str, float]:
@@ -311,6 +325,15 @@ class RankAdaptation(Rule, ExportableState):
 
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"  # of a module: names that DDP leaves alone
+
+
+def is_of_adapting_run(checkpoint: str) -> bool:
+    """Whether a checkpoint was written by a run with this rule."""
+    path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return RankAdaptation.__name__ in (json.load(file).get("stateful_callbacks") or {})
 
 
 def _bounds(each: Adaptive, smallest: int, largest: int | None) -> tuple[int, int]:

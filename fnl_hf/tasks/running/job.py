@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from fnl_hf import FNLTrainingArguments, factorizations, factorize
+from fnl_hf import FNLTrainingArguments, factorizations, factorize, fix_ranks
 
 from . import record
 from .checkpoints import (
@@ -291,8 +291,10 @@ class Job:
         record.write_record(self.output_dir, self._arguments, self._inputs, record.versions(self.args.world_size))
 
     def save(self) -> None:
-        """Save the trained model, and its tokenizer with it, in `output_dir`."""
+        """Save the trained model, and its tokenizer with it, in `output_dir`; ranks that adapted are fixed."""
         if self.trains:
+            if self.args.rank_adaptation is not None:
+                fix_ranks(self.trainer.model)
             with disk_errors():
                 self.trainer.save_model()
 
