@@ -1,6 +1,7 @@
 """Runs whose ranks adapt and that are not as others: stopped, partly reached, started again, or at their bounds."""
 
 import copy
+import json
 from functools import reduce
 
 import pytest
@@ -13,7 +14,9 @@ from transformers import TrainerCallback
 import fnl_hf
 from fnl_hf.ranks import adaptive
 from fnl_hf.rules import RankAdaptation
+from tests.script_runs import run_script
 from tests.test_dlrt import ARGUMENTS, LAYERS, make_trainer, ranks
+from tests.test_run_record import TINY, TRANSLATION
 from tests.test_trainer import examples, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,3 +206,15 @@ def test_a_checkpoint_whose_ranks_adapted_is_refused_without_it(tmp_path):
     fixed = {"rank_adaptation": None, "rank_interval": 100, "rank_tolerance": 0.1}
     with pytest.raises(ValueError, match="is of a run with rank_adaptation='dlrt', and here it is None"):
         make_trainer(make_model("bert"), tmp_path, **fixed).train(resume_from_checkpoint=True)
+
+
+def test_a_script_saves_ordinary_factors_and_starts_again_from_what_it_has(monkeypatch, tmp_path, capsys):
+    options = TINY | {"head_rank": 0.25, "rank_adaptation": "dlrt", "rank_interval": 2, "save_steps": 3, "max_steps": 7}
+    for stands in (None, "training is finished"):
+        run_script(monkeypatch, TRANSLATION, **options, output_dir=tmp_path / "out")
+        assert stands is None or stands in capsys.readouterr().out
+        results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+        saved = tf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+        products = fnl_hf.factorizations(saved)
+        assert products and all(product.layout != "deep" for product in products)
+    assert results["dlrt_rank"] == pytest.approx(sum(product.size()[1] for product in products) / len(products))
