@@ -182,8 +182,12 @@ def rows_of_translation(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["low_rank_translation", "spectron_translation", "spectron_long", "spectron_width", "spectron_decay"]
-)
+    "name",
+    [
+        "low_rank_translation", "spectron_translation", "spectron_long", "spectron_width", "spectron_decay",
+        "dlrt_translation", "dlrt_rate",
+    ],
+)  # fmt: skip
 def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
     text = (RESULTS / "README.md").read_text()
     rows = list(rows_of_translation(f"{name}_cpu.json"))
