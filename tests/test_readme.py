@@ -150,6 +150,12 @@ def test_the_figures_of_compression_are_those_of_the_results(task):
     assert f"{results['dense']['parameters']:,} parameters" in " ".join(text.split())
 
 
+def test_what_longer_teaching_wins_is_what_was_measured():
+    before, after = json.loads((RESULTS / "compression_short_cpu.json").read_text())["rows"]
+    shown = f"{before['quality']} at half becomes {after['quality']}, in {after['seconds']:.0f} CPU seconds"
+    assert shown in " ".join((RESULTS / "README.md").read_text().split())
+
+
 def test_what_the_readme_says_of_compression_is_in_the_tables():
     text = " ".join(README.read_text().split())
     for task, ratio, shown in (
