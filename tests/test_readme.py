@@ -150,6 +150,13 @@ def test_the_figures_of_compression_are_those_of_the_results(task):
     assert f"{results['dense']['parameters']:,} parameters" in " ".join(text.split())
 
 
+def test_what_a_step_costs_whose_ranks_adapt():
+    ratios = json.loads((RESULTS / "benchmark_dlrt_cpu.json").read_text())["ratios"]
+    shown = "takes {:.2f} times the fixed-rank step and {:.2f} times the dense one"
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    assert shown.format(ratios["dlrt / fixed"], ratios["dlrt / dense"]) in text
+
+
 def test_what_longer_teaching_wins_is_what_was_measured():
     before, after = json.loads((RESULTS / "compression_short_cpu.json").read_text())["rows"]
     shown = f"{before['quality']} at half becomes {after['quality']}, in {after['seconds']:.0f} CPU seconds"
@@ -200,9 +207,10 @@ def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
     assert len(rows) > 3 and all(row in text for row in rows)
 
 
-def test_the_figures_of_masked_lm_under_spectron_are_those_of_the_results():
+@pytest.mark.parametrize("name", ["spectron_mlm", "functional_mlm"])
+def test_the_figures_of_masked_lm_are_those_of_the_results(name):
     text = (RESULTS / "README.md").read_text()
-    for variant, found in json.loads((RESULTS / "spectron_mlm_cpu.json").read_text())["variants"].items():
+    for variant, found in json.loads((RESULTS / f"{name}_cpu.json").read_text())["variants"].items():
         losses = " / ".join(f"{loss:.3f}" for loss in found["pretrain"]["metrics"]["eval_loss"].values())
         assert f"| {variant} | {found['parameters']:,} | {losses} |" in text
 
