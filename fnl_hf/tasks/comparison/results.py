@@ -45,7 +45,8 @@ class Results:
 
     def parameters(self, variant: str) -> int | None:
         """Numbers in the saved model of the first stage, the mean over seeds; None before it finished."""
-        numbers = [record["parameters"] for record in self.finished(variant, next(iter(self.recipe.stages)))]
+        records = self.finished(variant, next(iter(self.recipe.stages)))
+        numbers = [record["parameters"] for record in records if record["parameters"] is not None]
         return round(sum(numbers) / len(numbers)) if numbers else None
 
     def seconds(self, variant: str) -> list[float]:
