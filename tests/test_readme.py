@@ -198,7 +198,7 @@ def rows_of_translation(name):
     "name",
     [
         "low_rank_translation", "spectron_translation", "spectron_long", "spectron_width", "spectron_decay",
-        "dlrt_translation", "dlrt_rate",
+        "dlrt_translation", "dlrt_rate", "functional_translation",
     ],
 )  # fmt: skip
 def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
