@@ -207,7 +207,7 @@ def test_the_figures_of_translation_at_low_rank_are_those_of_the_results(name):
     assert len(rows) > 3 and all(row in text for row in rows)
 
 
-@pytest.mark.parametrize("name", ["spectron_mlm", "functional_mlm"])
+@pytest.mark.parametrize("name", ["spectron_mlm", "functional_mlm", "dlrt_mlm"])
 def test_the_figures_of_masked_lm_are_those_of_the_results(name):
     text = (RESULTS / "README.md").read_text()
     for variant, found in json.loads((RESULTS / f"{name}_cpu.json").read_text())["variants"].items():
