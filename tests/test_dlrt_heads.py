@@ -435,9 +435,7 @@ def test_rotary_heads_keep_their_rank_and_train(tmp_path, caplog):
 def test_heads_that_share_a_weight_with_others_keep_their_rank():
     """Bases are frozen while cores train, and a weight is frozen as a whole."""
     model = fnl_hf.factorize(make_model("gpt2"), fnl_hf.FNLConfig(attention=("ov",), head_rank=3))
-    with pytest.raises(
-        ValueError, match="ov and 1 more keep .*one weight holds these heads and others.*rank=0.25"
-    ):
+    with pytest.raises(ValueError, match="ov and 1 more keep .*one weight holds these heads and others.*rank=0.25"):
         adaptive(model)
     sizes = {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 40}
     deberta = tf.DebertaModel(tf.DebertaConfig(**sizes, vocab_size=50))
