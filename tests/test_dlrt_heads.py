@@ -16,7 +16,7 @@ from fnl_hf.ranks import adaptive, keeping_their_rank
 from fnl_hf.rules import RankAdaptation, Rule
 from tests.families import TEXT, build, output
 from tests.processes import run_job
-from tests.test_dlrt import losses, make_trainer, projected, ranks
+from tests.test_dlrt import losses, make_trainer, projected, ranks, train_by_decay_alone
 from tests.test_trainer import examples, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -402,17 +402,7 @@ def test_decay_shrinks_the_core_alone(decay, mode, tmp_path):
     model = start("t5").double()
     before = [matrices(each) for each in adaptive(model)]
 
-    class Still(Rule):
-        def after_backward(self, scale, logged):
-            for parameter in self.run.model.parameters():
-                if parameter.grad is not None and parameter.dim() > 1:
-                    parameter.grad.mul_(1e-12)
-
-    arguments = {"frobenius_decay": 0.0, "frobenius_decay_mode": mode, "optim": "sgd", "max_grad_norm": 0.0} | decay
-    arguments |= {"lr_scheduler_type": "constant", "max_steps": 4, "rank_interval": 2, "rank_tolerance": 1e-9}
-    trainer = make_trainer(model, tmp_path, learning_rate=0.01, **arguments)
-    trainer.callback_handler.callbacks.insert(1, Still())
-    trainer.train()
+    train_by_decay_alone(model, tmp_path, 0.01, mode, decay)
     for each, was in zip(adaptive(model), before, strict=True):
         assert_close(matrices(each), was * (1 - 0.01 * 0.5) ** 4, rtol=1e-7, atol=1e-9)
 

@@ -177,7 +177,7 @@ def test_errors_of_scores_count_by_their_heads():
 
 @pytest.mark.parametrize("labels, few", [(2, True), (50, False)])
 def test_what_few_outputs_do_not_feel_keeps_some_worth(labels, few):
-    """Learning on would have to do without it: 6.5 points of accuracy less after 40 steps on SST-2."""
+    """Learning on would have to do without it."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**BERT, num_labels=labels)).eval()
     config = fnl_hf.FNLConfig(attention=(), target_modules=["layer.1.output.dense"])
