@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from .calibration import Calibration
 from .config import FNLConfig
 from .factorization import Factorization
-from .initialization import Sides, energies
+from .initialization import Sides, energies, refuse_non_finite
+from .messages import progress
 from .plan import Skip, Target
 from .proof import Evidence
 
+BAR = "errors by rank"  # where energies are made
 FLOOR = 0.1  # of the rank at which a layer saves nothing: the least that "error" and "loss" leave it
 
 
@@ -70,6 +72,10 @@ def with_ranks(
     if config.target_ratio is None and config.energy is None:
         return list(targets), []
     shares = _shares(model, config, targets, evidence)
+    shared = {target.name for share in shares for target in share.targets}
+    fixed = [target for target in targets if target.name not in shared and _can_shrink(model, target, evidence)]
+    saved = _saved(model, fixed)
+    budget = None if config.target_ratio is None else _budget(model, config, shares, saved)
     if calibration is not None:
         sides = calibration.of(targets)
         outputs = calibration.curvatures(targets) if config.outputs_by_loss() else {}
@@ -78,11 +84,9 @@ def with_ranks(
             replace(s, sides=sides[key], outputs=outputs.get(key, ())) for s, key in zip(shares, keys, strict=True)
         ]
     if config.energy is not None:
-        ranks = [energy_rank(share.energies, config.energy) for share in shares]
+        ranks = [energy_rank(share.energies, config.energy) for share in progress(shares, BAR)]
     else:
-        shared = {target.name for share in shares for target in share.targets}
-        saved = _saved(model, [t for t in targets if t.name not in shared])
-        ranks = _within(model, config, shares, saved)
+        ranks = _within(budget, config, shares)
     pairs = zip(shares, ranks, strict=True)
     decided = {target.name: (share, rank) for share, rank in pairs for target in share.targets}
     kept, skipped = [], []
@@ -148,15 +152,21 @@ def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evid
         key = product.weights
         if config.is_fixed((target.name, target.name.rpartition(".")[0])[: 1 if product.lone else 2]):
             fixed.add(key)  # and whatever is tied to it
-        if product.lone or (config.target_ratio is not None and target.is_reducible(model, evidence)):
+        if product.lone or (config.target_ratio is not None and _can_shrink(model, target, evidence)):
             groups.setdefault(key, []).append(target)
     shares = []
     for group in (group for key, group in groups.items() if key not in fixed):
         product = group[0].found(model)
+        refuse_non_finite(product.name, product.augmented())
         dense = sum(view.augmented().numel() for view in product.views)
         cost = cache(partial(group[0].cost, model))  # a bisection asks for few ranks many times
         shares.append(Share(tuple(group), product, cost, dense, product.full_rank or product.size()[1], product.lone))
     return shares
+
+
+def _can_shrink(model: nn.Module, target: Target, evidence: Evidence) -> bool:
+    """Whether a lower rank saves parameters: heads that cannot be narrowed keep their width, whatever is asked for."""
+    return target.found(model).lone or target.is_reducible(model, evidence)
 
 
 def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
@@ -169,37 +179,48 @@ def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
     return sum(sizes.values())
 
 
-def _within(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int) -> list[int]:
-    """The largest ranks, by one fraction, by error or by loss, with which the model is within its ratio.
+def _budget(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int) -> float:
+    """Parameters for what shares a ratio, of which targets of given ranks have saved some.
 
-    Args:
-        saved: parameters that targets of given ranks save.
+    Raises:
+        ValueError: The least ranks take more.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(share.dense for share in shares) - saved
     budget = config.target_ratio * total - rest
+    ranks = _by_fraction(shares, 0.0) if config.rank_allocation == "uniform" else map(_least, shares)
+    least = sum(share.size(rank) for share, rank in zip(shares, ranks, strict=True))
+    if least > budget:
+        raise ValueError(
+            f"target_ratio is {config.target_ratio}, but with all that is selected at its least rank the model keeps "
+            f"{(rest + least) / total:.3f} of its parameters: give a larger ratio, or select more (target_modules, "
+            "attention)"
+        )
+    return budget
+
+
+def _within(budget: float, config: FNLConfig, shares: Sequence[Share]) -> list[int]:
+    """The largest ranks, by one fraction, by error or by loss, with no more parameters than a budget."""
     if config.rank_allocation == "uniform":
         ranks_at = _by_fraction
     elif config.rank_allocation == "error":
-        ranks_at = _by_worth(shares, [1 / share.energies.sum().clamp_min(1e-300) for share in shares])
+        ranks_at = _by_worth(shares, [1 / share.energies.sum().clamp_min(1e-300) for share in progress(shares, BAR)])
     else:
         ranks_at = _by_worth(shares, _losses_per_energy(shares))
 
     def size(level: float) -> int:
         return sum(share.size(rank) for share, rank in zip(shares, ranks_at(shares, level), strict=True))
 
-    least = size(0.0)
-    if least > budget:
-        possible = (rest + least) / total
-        raise ValueError(
-            f"target_ratio is {config.target_ratio}, but with all that is selected at its least rank the model keeps "
-            f"{possible:.3f} of its parameters: give a larger ratio, or select more (target_modules, attention)"
-        )
     return ranks_at(shares, largest_below(budget, size, 0.0, 1.0))
 
 
 def _by_fraction(shares: Sequence[Share], fraction: float) -> list[int]:
     return [max(1, round(fraction * share.full) if share.lone else int(fraction * share.full)) for share in shares]
+
+
+def _least(share: Share) -> int:
+    """The rank that is left whatever it is worth."""
+    return min(share.full, max(1, math.ceil(FLOOR * share.dense / share.cost(1))))
 
 
 def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Sequence[Share], float], list[int]]:
@@ -209,8 +230,8 @@ def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Se
     """
     worth = [weight * share.energies / share.cost(1) for share, weight in zip(shares, weights, strict=True)]
     values = torch.cat([w[w > 0] for w in worth]).log()
-    low, high = float(values.min()) - 1, float(values.max()) + 1
-    floors = [min(share.full, max(1, math.ceil(FLOOR * share.dense / share.cost(1)))) for share in shares]
+    low, high = (float(values.min()) - 1, float(values.max()) + 1) if len(values) else (0.0, 1.0)  # nothing counts
+    floors = list(map(_least, shares))
 
     def ranks_at(_: Sequence[Share], level: float) -> list[int]:
         threshold = math.exp(high - level * (high - low))
@@ -221,6 +242,6 @@ def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Se
 
 def _losses_per_energy(shares: Sequence[Share]) -> list[float]:
     """Energies weighted by curvature are losses; those of a share without one count as much as others do."""
-    known = sorted(float(share.energies.sum()) for share in shares if share.outputs)
+    known = sorted(float(share.energies.sum()) for share in progress(shares, BAR) if share.outputs)
     usual = known[len(known) // 2] if known else 1.0
     return [1.0 if s.outputs else usual / float(s.energies.sum().clamp_min(1e-300)) for s in shares]

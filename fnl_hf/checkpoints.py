@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import transformers
@@ -46,12 +47,25 @@ def load_model(directory: Path) -> transformers.PreTrainedModel:
         raise ValueError(f"{directory} does not load as {names[0]}: {type(error).__name__}: {error}") from error
 
 
-def refuse_existing(out: Path) -> None:
-    """Raises a ValueError where something would be written over: OUT is a link, a file, or a folder that holds some."""
+def refuse_unwritable(out: Path, source: Path) -> None:
+    """Before any work is done.
+
+    Raises:
+        ValueError: Something would be written over (OUT is a link, a file, or a folder that holds some), OUT lies in
+            the folder that it is made of, or no folder can be made there.
+    """
     if out.is_symlink():
         raise ValueError(f"{out} is a symbolic link: give the directory that it points to, or another OUT")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory: give another OUT, or remove it")
+    if source.resolve() in out.resolve().parents:
+        raise ValueError(f"{out} lies in {source}, which it would be made of: give another OUT")
+    there = next(path for path in out.absolute().parents if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({there}: {error.strerror}): give another OUT") from error
 
 
 def write_checkpoint(model: transformers.PreTrainedModel, source: Path, out: Path) -> list[str]:

@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError
 
 from .attachment import attached
-from .checkpoints import load_model, refuse_existing, write_checkpoint
+from .checkpoints import load_model, refuse_unwritable, write_checkpoint
 from .config import (
     ALLOCATIONS,
     ATTENTION_KINDS,
@@ -48,7 +48,7 @@ are there.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong.
+    """Run a command; returns its exit code: 0, 2 after one line on stderr that says what is wrong, or 130 of Ctrl-C.
 
     Who reads its output may stop at any time (``fnl-hf inspect DIR | head``): that is no error.
     """
@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         print(f"fnl-hf: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nfnl-hf: interrupted, nothing was written", file=sys.stderr)
+        return 130
     finally:
         _leave_closed_pipe()
     return 0
@@ -109,7 +112,7 @@ def _factorize(options: argparse.Namespace) -> None:
         calibration_inputs=options.calibration_inputs,
         calibration_outputs=options.calibration_outputs,
     )
-    refuse_existing(options.out)
+    refuse_unwritable(options.out, options.dir)
     _check_calibration(options)
     model = load_model(options.dir)
     batches = None
@@ -137,7 +140,7 @@ def _compress(options: argparse.Namespace) -> None:
         init="activation",
     )
     options.init = config.init
-    refuse_existing(options.out)
+    refuse_unwritable(options.out, options.dir)
     _check_calibration(options)
     if options.teach < 0:
         raise ValueError(f"--teach {options.teach}: expected a number of steps, or 0 for none")
@@ -175,13 +178,14 @@ def _check_calibration(options: argparse.Namespace) -> None:
 
 
 def _to_dense(options: argparse.Namespace) -> None:
-    refuse_existing(options.out)
-    _write(to_dense(load_model(options.dir)), options)
-    print(f"fnl_hf: {options.out} is an ordinary checkpoint")
+    refuse_unwritable(options.out, options.dir)
+    model = to_dense(load_model(options.dir))
+    _write(model, options)
+    print(f"fnl_hf: {options.out} is an ordinary checkpoint of {model.num_parameters():,} parameters")
 
 
 def _fix_ranks(options: argparse.Namespace) -> None:
-    refuse_existing(options.out)
+    refuse_unwritable(options.out, options.dir)
     model = fix_ranks(load_model(options.dir), options.rank_tolerance, options.rank_max)
     _write(model, options)
     print(f"fnl_hf: {options.out} has the ranks that it was trained to, in ordinary factors")
@@ -306,8 +310,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument(
         "--calibration", type=Path, required=True, metavar="FILE",
-        help="""texts as the model will see them, without labels: one in each line (.txt), JSON lines (.json), between
-        tabs (.tsv), or in the layout of SQuAD (.json); unpacks .gz and .xz""",
+        help="""texts as the model will see them: one in each line (.txt), JSON lines (.json), tables (.tsv, .csv;
+        GLUE's columns are known, and numbers are no texts), or in the layout of SQuAD (.json); unpacks .gz, .xz""",
     )  # fmt: skip
     command.add_argument(
         "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"

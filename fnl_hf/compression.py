@@ -173,6 +173,7 @@ def teach(
     Args:
         rows: of ``texts.encoded_texts``.
     """
+    caching = getattr(student.config, "use_cache", None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = FNLTrainingArguments(
             folder,
@@ -198,6 +199,8 @@ def teach(
             trainer.add_callback(_Bar())
         trainer.train()
     student.eval()
+    if caching is not None:  # which a Trainer turns off for good
+        student.config.use_cache = caching
 
 
 # ----------------------------------------------------------------------------------------------------

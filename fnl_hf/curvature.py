@@ -67,13 +67,15 @@ def curvatures(
             masks, seen = list(masks_of(model, batch)), []
             with _recorded(model, moments.values(), seen):
                 probe = teacher.probe(run(model, batch), batch, generator)
+            if not seen:  # such as of convolutions alone
+                continue
             gradients = torch.autograd.grad(probe, [value for *_, value in seen], allow_unused=True)
             for (moment, module, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
                     with torch.no_grad():
                         moment.add(module, gradient, masks)
     means = {name: moment.mean(True)[0] for name, moment in moments.items()}
-    found = {name: mean for name, mean in means.items() if mean is not None}
+    found = {name: mean for name, mean in means.items() if mean is not None and bool(mean.any())}
     if found and teacher.numbers < min(mean.shape[-1] for mean in found.values()):
         found = {name: _evened(mean) for name, mean in found.items()}
     return {target.name: found.get(target.name) for target in targets}

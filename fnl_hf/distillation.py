@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .outputs import evaluating
+from .outputs import evaluating, positions_that_count
 
 HIDDEN = "last_hidden_state"
 ANSWERS = ("start_logits", "end_logits")  # distributions over positions
@@ -59,6 +59,11 @@ class Teacher:
 
     def _compared(self, outputs: Mapping[str, Any]) -> list[str]:
         """Names of what is compared, logits if there are any."""
+        if not isinstance(outputs, Mapping):
+            raise ValueError(
+                f"{type(self.model).__name__} gives a {type(outputs).__name__}, which does not tell what is compared: "
+                "set return_dict to True"
+            )
         found = [name for name in LOGITS if isinstance(outputs.get(name), Tensor)]
         names = found or [name for name in (HIDDEN,) if name in outputs]
         if not names:
@@ -72,7 +77,7 @@ class Teacher:
         return names
 
     def _numbers(self, name: str, outputs: Tensor) -> int:
-        if name in ANSWERS or (outputs.dim() == 2 and name == "logits" and self._detects):
+        if name in ANSWERS or (outputs.dim() == 2 and self._is_detection(name)):
             return 1  # of each position
         return outputs.shape[1 if outputs.dim() == 4 else -1]
 
@@ -98,9 +103,10 @@ class Teacher:
             inputs: the batch, padding in its masks.
 
         Raises:
-            ValueError: The student has no such outputs, or of other shapes.
+            ValueError: The student has no such outputs, or of other shapes; padding cannot be told.
         """
         parts, mask = [], self._mask(inputs)
+        _check_padding(teacher, mask, inputs)
         for name, wanted in teacher.items():
             given = student.get(name) if isinstance(student, Mapping) else None
             if given is None or given.shape != wanted.shape:
@@ -127,7 +133,7 @@ class Teacher:
         if outputs.dim() == 4:  # of images: classes are channels
             outputs = outputs.movedim(1, -1)
         of_positions = mask is not None and outputs.shape[:2] == mask.shape
-        if outputs.dim() == 2 and of_positions and self._is_yes_or_no(name):
+        if outputs.dim() == 2 and of_positions and self._is_detection(name):
             outputs = outputs[..., None]
         elif outputs.dim() == 2 and of_positions and name in ANSWERS:
             outputs = outputs.masked_fill(~mask, -1e9)
@@ -138,7 +144,10 @@ class Teacher:
         return outputs, outputs.new_ones(len(outputs))
 
     def _is_yes_or_no(self, name: str) -> bool:
-        return self._problem == "multi_label_classification" or (name == "logits" and self._detects)
+        return self._problem == "multi_label_classification" or self._is_detection(name)
+
+    def _is_detection(self, name: str) -> bool:
+        return name == "logits" and self._detects
 
     def _divergence(self, name: str, given: Tensor, wanted: Tensor) -> Tensor:
         """Of each thing, (things, classes) -> (things,)."""
@@ -159,6 +168,7 @@ class Teacher:
         Summed over positions, or rows.
         """
         compared, mask, parts = {name: outputs[name] for name in self._compared(outputs)}, self._mask(inputs), []
+        _check_padding(compared, mask, inputs)
         for name, given in compared.items():
             given = given.float()
             if name == HIDDEN and given.dim() == 3:
@@ -189,10 +199,10 @@ class Teacher:
                 return labels.ne(IGNORED)
             ids = inputs.get("decoder_input_ids")
             if mask is not None or ids is not None:
-                return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+                return torch.ones_like(ids, dtype=torch.bool) if mask is None else positions_that_count(mask)
         mask = inputs.get("attention_mask")  # of a decoder that is given the source too
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask.bool()
+        if isinstance(mask, Tensor) and mask.dim() in (2, 4):
+            return positions_that_count(mask)
         ids = inputs.get("input_ids")
         return torch.ones_like(ids, dtype=torch.bool) if isinstance(ids, Tensor) and ids.dim() == 2 else None
 
@@ -222,6 +232,18 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _lengths(vectors: Tensor) -> Tensor:
     return vectors.detach().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+
+
+def _check_padding(outputs: Mapping[str, Tensor], mask: Tensor | None, inputs: Mapping[str, Any]) -> None:
+    """Raises a ValueError where sounds are padded, which become fewer frames than their mask has positions."""
+    if mask is None or "input_ids" in inputs or mask.all():
+        return
+    for name, output in outputs.items():
+        if output.dim() == 3 and output.shape[:2] != mask.shape:
+            raise ValueError(
+                f"{name} have positions of shape {tuple(output.shape[:2])}, the attention mask {tuple(mask.shape)}, so "
+                "padding cannot be left out: give batches without padding"
+            )
 
 
 def _or_everywhere(mask: Tensor | None, hidden: Tensor) -> Tensor:

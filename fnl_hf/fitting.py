@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .calibration import Calibration
 from .config import CALIBRATED, FNLConfig
 from .factorization import Factorization
-from .initialization import Sides, initial_factors, looks_at
-from .messages import say
+from .initialization import Sides, initial_factors, looks_at, refuse_non_finite
+from .messages import progress, say
 from .plan import Target
 from .successive import successive
 
@@ -29,11 +28,7 @@ def fitted(
 
     def initial(target: Target, product: Factorization, sides: Sides, crosses: Sides) -> Sequence[Tensor]:
         original, key = product.augmented(), (target.rank, *product.weights)
-        for factor in original:
-            if not torch.linalg.vector_norm(factor, torch.inf).isfinite():
-                raise ValueError(
-                    f"{target.name} holds NaN or infinite weights; load a sound checkpoint before factorizing"
-                )
+        refuse_non_finite(target.name, original)
         if target in looking and _loses(target, product) and not looks_at(product.form, original, sides):
             blind.append(target.name)
         if key not in of_weights:
@@ -50,7 +45,7 @@ def fitted(
         yield from successive(model, targets, data, initial)
     else:
         sides = data.of(looking) if looking else {}
-        for target in targets:
+        for target in progress(targets, "factors"):
             product = target.found(model)
             yield target, initial(target, product, sides.get(product.weights), None)
     if blind:

@@ -88,6 +88,12 @@ def energies(form: Form, factors: Sequence[Tensor], sides: Sides = None, outputs
     return each.reshape(-1, each.shape[-1]).sum(0).cpu()
 
 
+def refuse_non_finite(name: str, factors: Sequence[Tensor]) -> None:
+    """Raises a ValueError where weights of the product of that name are no numbers."""
+    if not all(torch.linalg.vector_norm(factor, torch.inf).isfinite() for factor in factors):
+        raise ValueError(f"{name} holds NaN or infinite weights; load a sound checkpoint before factorizing")
+
+
 def _weighing(
     matrix: Tensor, sides: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

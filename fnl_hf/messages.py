@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger("fnl_hf")
-MANY = 8  # batches that take long enough for a bar
+PATIENCE = 1.0  # seconds without a bar
 
 
 class _Handler(logging.StreamHandler):
@@ -47,10 +47,11 @@ def say(message: str) -> None:
     logger.info(message)
 
 
-def progress(batches: Iterable, what: str) -> Iterable:
-    """The same, with a bar on a terminal where they are many; transformers' own switch turns it off."""
-    many = isinstance(batches, Sequence) and len(batches) >= MANY
-    return transformers_logging.tqdm(batches, desc=f"fnl_hf: {what}", leave=False, disable=None) if many else batches
+def progress(items: Iterable, what: str) -> Iterable:
+    """The same, with a bar on a terminal once they take long; transformers' own switch turns it off."""
+    if not isinstance(items, Sequence):
+        return items
+    return transformers_logging.tqdm(items, desc=f"fnl_hf: {what}", leave=False, disable=None, delay=PATIENCE)
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

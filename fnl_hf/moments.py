@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .algebra.tensors import accumulating
 from .algebra.weighted import shrunk
 from .messages import progress
-from .outputs import evaluating, same_draws
+from .outputs import evaluating, positions_that_count, same_draws
 from .plan import Activation, Target
 
 
@@ -73,6 +73,11 @@ class Moment:
         """E[x xᵀ], and E[x x̃ᵀ] where x̃ stands for x: the first is of x̃ then. None where nothing was seen."""
         if not self.positions:
             return None, None
+        if not self.total.isfinite().all():
+            raise ValueError(
+                f"what {self.activation.module} has for its {self.activation.end} on the calibration holds NaN or "
+                "infinite numbers: load a sound checkpoint, or one in another dtype"
+            )
         mean, cross = (sums if sums is None else sums / self.positions for sums in (self.total, self.cross))
         return shrunk(mean, self.positions, cross) if shrink else (mean, cross)
 
@@ -152,7 +157,7 @@ def checked(
         if not isinstance(batch, Mapping):
             one = " (calibration is one batch: pass a list of it)" if isinstance(batches, Mapping) else ""
             raise TypeError(f"a batch of calibration is a {type(batch).__name__}, expected a dict of inputs{one}")
-        for part in _unambiguous(batch):
+        for part in _unambiguous(_with_rows(batch)):
             yield on_device(model, part)
     if empty:
         raise ValueError("calibration holds no batches: pass at least one dict of model inputs")
@@ -185,6 +190,24 @@ def run(model: nn.Module, batch: Mapping[str, object]) -> Any:
         ) from error
 
 
+def _with_rows(batch: Mapping[str, object]) -> Mapping[str, object]:
+    """A batch as tensors, also of one text by itself, as a tokenizer or a dataset gives it."""
+    batch = {name: torch.tensor(v) if _is_numbers(v) else v for name, v in batch.items()}
+    ids = batch.get("input_ids")
+    if not (isinstance(ids, Tensor) and ids.dim() == 1):
+        return batch
+    return {name: v[None] if isinstance(v, Tensor) else v for name, v in batch.items()}
+
+
+def _is_numbers(value: object) -> bool:
+    """Whether it is a list of numbers, or of lists of them that are equally long."""
+    if not isinstance(value, list) or not value:
+        return False
+    if isinstance(value[0], list):
+        return all(isinstance(v, list) and len(v) == len(value[0]) and _is_numbers(v) for v in value)
+    return all(isinstance(v, (int, float)) for v in value)
+
+
 def _unambiguous(batch: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
     """A batch, in two parts where it has as many sequences as positions: some models put time first inside."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.dim()]
@@ -210,8 +233,8 @@ def masks_of(model: nn.Module, batch: Mapping[str, object]) -> Iterator[Tensor]:
     Of multiple choice the choices are sequences.
     """
     for name in ("attention_mask", "decoder_attention_mask"):
-        if isinstance(mask := batch.get(name), Tensor) and mask.dim() in (2, 3):
-            yield mask.bool().flatten(0, -2)
+        if isinstance(mask := batch.get(name), Tensor) and mask.dim() in (2, 3, 4):
+            yield positions_that_count(mask).flatten(0, -2)
     labels, config = batch.get("labels"), getattr(model, "config", None)
     translates = getattr(config, "is_encoder_decoder", False) or "decoder_input_ids" in batch
     if translates and "decoder_attention_mask" not in batch and isinstance(labels, Tensor) and labels.dim() == 2:

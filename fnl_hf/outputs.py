@@ -39,6 +39,17 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         restore()
 
 
+def positions_that_count(mask: Tensor) -> Tensor:
+    """Of an attention mask, (rows, positions), those that are no padding.
+
+    Of one for each query, (rows, heads or 1, queries, keys), those that any query sees: True, or not far below 0 where
+    it is added to scores.
+    """
+    if mask.dim() < 4:
+        return mask.bool()
+    return (mask > -1e3 if mask.is_floating_point() else mask.bool()).any(-2).any(1)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within, every module of a model is in evaluation mode, though none is told: ``train`` of some changes weights.

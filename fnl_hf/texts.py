@@ -1,5 +1,7 @@
 """Model inputs from a file of texts, to calibrate on or to learn from a teacher."""
 
+import copy
+import csv
 import gzip
 import json
 import lzma
@@ -12,11 +14,25 @@ from typing import TextIO
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
+TABLES = {".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}, ".csv": {}}
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 BATCH = 16
 LINES = 1000  # that are tokenized together
+# How GLUE's tables and others name the columns of their texts: one, or a pair
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),  # RTE, WNLI, STS-B, MNLI
+    ("question", "sentence"),  # QNLI
+    ("question1", "question2"),  # QQP
+    ("premise", "hypothesis"),
+    ("#1 String", "#2 String"),  # MRPC
+    ("sentence",),  # SST-2, CoLA
+    ("text",),
+)
 
 
 def text_batches(
@@ -47,15 +63,19 @@ def encoded_texts(
     """The texts of a file as a tokenizer gives them to a model, unpadded, in random order.
 
     A line is a text, or (.json, .jsonl) an object such as {"text": …}, {"question": …, "context": …} or
-    {"translation": {"de": …, "en": …}}, or (.tsv) texts between tabs; .gz and .xz are unpacked. A .json file in the
+    {"translation": {"de": …, "en": …}}, or a row of a table (.tsv, .csv); .gz and .xz are unpacked. A .json file in the
     layout of SQuAD gives its paragraphs, each with its first question before it. Of two texts an encoder-decoder takes
     the second as its target, another model as the second segment. An encoder-decoder that is given one text alone has
     it as its target too.
 
+    Of a table whose first row has GLUE's names (`TEXT_COLUMNS`) those columns are the texts, of another one the first
+    two that hold more than numbers: labels and scores are no texts.
+
     Args:
         samples: how many lines, at most; all if not given.
         length: tokens per text, at most.
-        fields: of an object the texts to take, in this order; the first two if not given.
+        fields: of an object the texts to take, in this order, the first two if not given; of a table names in its first
+            row.
 
     Raises:
         ValueError: There are no texts, or a line is not what its file should hold.
@@ -99,13 +119,18 @@ def blocks(
 
 
 class TextCollator:
-    """Rows of `encoded_texts` as one batch; of an encoder-decoder its target as inputs of the decoder."""
+    """Rows of `encoded_texts` as one batch; of an encoder-decoder its target as inputs of the decoder.
+
+    A classifier whose config names no token for padding, without which it takes no batches, gets the tokenizer's.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: nn.Module):
-        self.tokenizer, self.model = tokenizer, model
         if tokenizer.pad_token is None:  # masked out, whatever it is
+            tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if getattr(model.config, "pad_token_id", 0) is None:  # classifiers look for the last token before padding
+        self.tokenizer, self.model = tokenizer, model
+        looks_for_padding = type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+        if looks_for_padding and getattr(model.config, "pad_token_id", 0) is None:  # for the last token before it
             model.config.pad_token_id = tokenizer.pad_token_id
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -147,7 +172,7 @@ def _readable(path: Path, fields: Sequence[str]) -> list[list[str]]:
         raise ValueError(f"{path} is a folder: give a file in it, with a text in each line")
     try:
         return list(_rows(path, fields))
-    except (EOFError, lzma.LZMAError, zlib.error, UnicodeError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, UnicodeError, gzip.BadGzipFile, csv.Error) as error:
         raise ValueError(f"{path} is not a readable UTF-8 text file, or cut off or damaged: {error}") from error
 
 
@@ -158,13 +183,42 @@ def _rows(path: Path, fields: Sequence[str]) -> Iterator[list[str]]:
         if kind == ".json" and (paragraphs := _squad(file)) is not None:
             yield from paragraphs
             return
+        if kind in TABLES:
+            yield from _of_table(list(csv.reader(file, **TABLES[kind])), fields, path)
+            return
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             if kind in (".json", ".jsonl"):
                 yield _of_object(line, fields, f"{path}, line {number}")
             else:
-                yield line.rstrip("\n").split("\t")[:2] if kind == ".tsv" else [line.rstrip("\n")]
+                yield [line.rstrip("\n")]
+
+
+def _of_table(rows: list[list[str]], fields: Sequence[str], path: Path) -> Iterator[list[str]]:
+    """The texts of each row."""
+    rows = [[cell.strip() for cell in row] for row in rows]
+    rows = [row for row in rows if any(row)]
+    header = rows[0] if rows else []
+    if missing := [name for name in fields if name not in header]:
+        raise ValueError(f"{path}: has no column {missing[0]!r}, only {', '.join(map(repr, header))}")
+    names = fields or next((names for names in TEXT_COLUMNS if set(names) <= set(header)), ())
+    if names:
+        places, rows = [header.index(name) for name in names], rows[1:]
+    else:
+        filled = [place for place in range(len(header)) if any(row[place] for row in rows if place < len(row))]
+        places = [i for i in filled if not all(_is_number(row[i]) for row in rows[1:] or rows if len(row) > i)][:2]
+    for row in rows:
+        if texts := [row[place] for place in places if place < len(row)]:
+            yield texts
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "0")
+    except ValueError:
+        return False
+    return True
 
 
 def _squad(file: TextIO) -> list[list[str]] | None:

@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTModel,
+)
 
 import fnl_hf
 from fnl_hf.cli import main
-from fnl_hf.texts import text_batches
+from fnl_hf.texts import encoded_texts, text_batches
 from tests.families import build
 
 CONFIG = {"target_modules": "all", "head_rank": 0.5, "rank": 0.3, "attention": ("qk", "ov")}
@@ -191,6 +199,45 @@ def test_texts_become_batches(tmp_path):
     for name, message in (("empty.txt", "holds no texts"), ("bad.jsonl", "line 1: has no text under any name, only n")):
         with pytest.raises(ValueError, match=message):
             text_batches(tmp_path / name, tokenizer, model)
+
+
+def test_tables_give_their_texts_and_no_labels(tmp_path):
+    model, tokenizer = bert(), tiny_tokenizer(tmp_path)
+    pair = [["a b", "c"], ["d", "e f"]]
+    tables = {
+        "rte.tsv": ("index\tsentence1\tsentence2\tlabel\n0\ta b\tc\tyes\n1\td\te f\tno\n", pair),
+        "plain.tsv": ("0\ta b\tc\t1.5\n1\td\te f\t2\n", pair),
+        "sst.tsv": ("sentence\tlabel\na b\t1\nd\t0\n", [["a b"], ["d"]]),
+        "other.tsv": ("review\tstars\na b\t1\nd\t0\n", [["review"], ["a b"], ["d"]]),
+        "scored.csv": ('"a b",c,5.0\nd,"e f",0\n', pair),
+        "quotes.tsv": ('"a b\tc\nd\te f\n', [['"a b', "c"], ["d", "e f"]]),
+    }
+    for name, (text, texts) in tables.items():
+        (tmp_path / name).write_text(text)
+        given = sorted(row["input_ids"] for row in encoded_texts(tmp_path / name, tokenizer, model))
+        assert given == sorted(tokenizer(*row)["input_ids"] for row in texts), name
+    (chosen,) = encoded_texts(tmp_path / "rte.tsv", tokenizer, model, samples=1, fields=["sentence2"])
+    assert chosen["input_ids"] in [tokenizer(text)["input_ids"] for text in ("c", "e f")]
+    with pytest.raises(ValueError, match="has no column 'text', only 'sentence', 'label'"):
+        encoded_texts(tmp_path / "sst.tsv", tokenizer, model, fields=["text"])
+
+
+def test_calibrating_leaves_tokenizer_and_config_as_they_are(tmp_path):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
+    )
+    config.pad_token_id = None
+    tokenizer = tiny_tokenizer(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "[SEP]"
+    (tmp_path / "a.txt").write_text("a b c\nb c\n")
+    lm = LlamaForCausalLM(config)
+    (batch,) = text_batches(tmp_path / "a.txt", tokenizer, lm)
+    assert batch["attention_mask"].sum(1).tolist() == [4, 5]
+    assert tokenizer.pad_token is None and lm.config.pad_token_id is None
+    classifier = LlamaForSequenceClassification(config)
+    text_batches(tmp_path / "a.txt", tokenizer, classifier)
+    classifier(**{name: batch[name] for name in ("input_ids", "attention_mask")})  # which takes no batch without it
 
 
 def tiny_tokenizer(path):

@@ -247,12 +247,85 @@ def test_labels_of_a_classifier_are_no_mask(outputs):
     assert sum(parameter.numel() for parameter in model.parameters()) <= 0.9 * before
 
 
+def test_one_text_as_a_tokenizer_or_a_dataset_gives_it_is_a_batch():
+    ids, config = [[5, 6, 7], [8, 9, 10]], fnl_hf.FNLConfig(init="activation", head_rank=0.5)
+    forms = (
+        [{"input_ids": torch.tensor(ids)}],
+        [{"input_ids": ids}],
+        [{"input_ids": row, "attention_mask": [1, 1, 1]} for row in ids],
+        [{"input_ids": torch.tensor(row)} for row in ids],
+    )
+    found = []
+    for batches in forms:
+        model, _ = build("bert")
+        fnl_hf.factorize(model, config, calibration=batches)
+        found.append(torch.cat([product.matrix().flatten() for product in fnl_hf.factorizations(model)]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_padding_of_masks_for_each_query_is_left_out():
+    """(rows, 1, queries, keys), as True and False or as what is added to scores."""
+    ids = torch.randint(5, 40, (2, 6))
+    seen = torch.ones(2, 6, dtype=torch.bool)
+    seen[1, 4:] = False
+    wide = seen[:, None, None, :].expand(2, 1, 6, 6)
+    other = torch.where(seen, ids, 3)
+    real = ids.clone()
+    real[0, 0] = 3
+
+    def factors(ids, mask):
+        model, _ = build("bert")
+        config = fnl_hf.FNLConfig(init="activation", target_modules="all", rank=0.5, calibration_outputs="loss")
+        fnl_hf.factorize(model, config, calibration=[{"input_ids": ids, "attention_mask": mask}])
+        return torch.cat([factor.flatten() for product in fnl_hf.factorizations(model) for factor in product.factors()])
+
+    for mask in (seen.long(), wide, torch.zeros(wide.shape).masked_fill(~wide, torch.finfo(torch.float32).min)):
+        assert torch.equal(factors(ids, mask), factors(other, mask))
+        assert not torch.equal(factors(ids, mask), factors(real, mask))
+
+
+@pytest.mark.parametrize("outputs", ["alike", "loss"])
+def test_what_nothing_depends_on_is_not_given_up(outputs):
+    """A new head of zeros feels nothing of the encoder."""
+    model = tf.BertForSequenceClassification(build("bert")[0].config).eval()
+    torch.nn.init.zeros_(model.classifier.weight)
+    batch = {"input_ids": torch.randint(5, 40, (2, 7))}
+    config = fnl_hf.FNLConfig(init="activation", target_modules="all-linear", rank=0.5, calibration_outputs=outputs)
+    fnl_hf.factorize(model, config, calibration=[batch])
+    assert all(product.matrix().norm() > 0 for product in fnl_hf.factorizations(model))
+    budget = fnl_hf.FNLConfig(init="activation", target_ratio=0.8, rank_allocation="loss")
+    fnl_hf.factorize(fnl_hf.to_dense(model), budget, calibration=[batch])
+
+
+def test_convolutions_alone_share_ranks_by_their_errors():
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    sizes = []
+    for allocation in ("loss", "error"):
+        torch.manual_seed(0)
+        model = tf.ResNetModel(config).eval()
+        budget = fnl_hf.FNLConfig(init="activation", target_ratio=0.6, rank_allocation=allocation)
+        fnl_hf.factorize(model, budget, calibration=[images])
+        sizes.append([product.size() for product in fnl_hf.factorizations(model)])
+    assert sizes[0] == sizes[1] and sizes[0]
+
+
+def test_weights_that_are_no_numbers_are_named():
+    for name in ("encoder.layer.0.output.dense", "encoder.layer.1.output.dense"):
+        model, inputs = build("bert")
+        model.get_submodule(name).weight.data[0, 0] = float("nan")
+        config = fnl_hf.FNLConfig(init="activation", target_ratio=0.8, rank_allocation="loss")
+        with pytest.raises(ValueError, match=f"{name} holds NaN or infinite weights"):
+            fnl_hf.factorize(model, config, calibration=[inputs])
+
+
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
         ("texts.txt", TypeError, "calibration is 'texts.txt', expected batches.*text_batches"),
         (3, TypeError, "calibration is 3, expected batches"),
-        ([{"input_ids": [[1, 2, 3]]}], ValueError, r"BertModel does not run on a batch .*\(input_ids list"),
+        ([{"input_ids": [[1, 2, 3], [4]]}], ValueError, r"BertModel does not run on a batch .*\(input_ids list"),
         (
             [{"input_ids": torch.tensor([[99]])}],
             ValueError,

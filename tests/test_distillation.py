@@ -54,6 +54,48 @@ def trained(model, teacher, tmp_path, rows=None, steps=3, loss=None, **settings)
 # -- what is compared --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("labels", [5, 6])
+def test_labels_are_no_positions_however_many_there_are(labels):
+    """Texts padded to as many tokens as there are labels."""
+    model = bert(tf.BertForSequenceClassification, num_labels=labels, problem_type="multi_label_classification")
+    student, teacher = copy.deepcopy(model), Teacher(model)
+    torch.nn.init.normal_(student.classifier.weight)
+    ids = torch.randint(3, 50, (4, 4))
+    losses = []
+    for length in (4, 5, 6, 7):
+        padded = F.pad(ids, (0, length - 4))
+        batch = {"input_ids": padded, "attention_mask": (padded != 0).long()}
+        with torch.no_grad():
+            losses.append(float(teacher.loss(student(**batch), batch)))
+    assert_close(losses, losses[:1] * 4, rtol=1e-5, atol=0)
+    assert losses[0] > 0
+
+
+def test_padding_that_no_mask_shows_is_refused():
+    """Of sounds, frames are fewer than what the mask is of."""
+    config = tf.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=12,
+        conv_dim=(8,), conv_kernel=(4,), conv_stride=(2,), num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for kind in (tf.Wav2Vec2ForCTC, tf.Wav2Vec2Model):
+        model = kind(config).eval()
+        batch = {"input_values": torch.randn(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
+        teacher = Teacher(model)
+        assert float(teacher.loss(teacher.outputs(batch), batch)) < 1e-6
+        batch["attention_mask"][0, 20:] = 0
+        with pytest.raises(ValueError, match=r"the attention mask \(2, 40\), so padding cannot be left out"):
+            teacher.loss(teacher.outputs(batch), batch)
+
+
+def test_outputs_without_names_are_refused():
+    model = bert()
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="BertForMaskedLM gives a tuple.*set return_dict to True"):
+        Teacher(model).outputs(collate(texts(2)))
+
+
 def test_logits_are_compared_where_nothing_is_padded():
     model, batch = bert(), collate(texts(4))
     student, teacher = small(model), Teacher(model, temperature=2.0)

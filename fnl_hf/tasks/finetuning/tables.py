@@ -9,19 +9,12 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from fnl_hf.texts import TEXT_COLUMNS
+
 from ..running import InputError, one_line, open_text
 from .arguments import TableArguments
 
-# How GLUE's files name their columns: one text or a pair, and the label
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),  # RTE, WNLI, STS-B, MNLI
-    ("question", "sentence"),  # QNLI
-    ("question1", "question2"),  # QQP
-    ("premise", "hypothesis"),
-    ("#1 String", "#2 String"),  # MRPC
-    ("sentence",),  # SST-2, CoLA
-    ("text",),
-)
+# How GLUE's files name the column of the label
 LABEL_COLUMNS = ("label", "gold_label", "is_duplicate", "Quality")
 
 
