@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
 from .attachment import attached
-from .distillation import Teacher
+from .distillation import HIDDEN, Teacher
 from .factorization import Factorization, declared, overwrite
 from .messages import aligned
 from .moments import evaluated, on_device
@@ -24,6 +24,10 @@ from .training_arguments import FNLTrainingArguments
 LOOKS, ROWS = 4, 8  # batches that errors are measured on, and texts of each
 TAUGHT_BATCH, TAUGHT_RATE, WARMUP = 32, 3e-4, 20
 ROUNDS = 5  # of timing
+SHOWN = 3  # names of what stayed dense
+DENSE = "dense: "
+OF_HIDDEN = "squared, of hidden states as a share of their own, and of their means over a text, added up"
+OF_LOGITS = "divergence of the distributions of the logits, in nats"
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Report:
 
     Attributes:
         error, taught: distance of the whole from the dense model, before and after it learned from that.
+        measure: what errors are of, in words.
+        kept: what was selected and stayed dense, and why.
         speeds: (batch, texts per second of the dense model, and of the compressed one).
     """
 
@@ -60,6 +66,8 @@ class Report:
     after: int
     error: float
     taught: float | None
+    measure: str
+    kept: list[str]
     speeds: list[tuple[int, float, float]]
 
     def learned(self) -> bool:
@@ -84,7 +92,10 @@ class Report:
             for p in self.parts
         ]
         whole = ("the model", "", f"{self.before:,}", f"{self.after:,}", f"{self.after / self.before:.1%}")
-        lines = [aligned([head, *rows, (*whole, _figure(self.error))])]
+        lines = [aligned([head, *rows, (*whole, _figure(self.error))]), f"errors: {self.measure}"]
+        if self.kept:
+            more = f" and {len(self.kept) - SHOWN} more" if len(self.kept) > SHOWN else ""
+            lines.append(f"stayed dense: {', '.join(self.kept[:SHOWN])}{more}")
         lines += [
             f"batch of {batch}: {dense:.1f} texts a second before, {small:.1f} after ({small / dense:.2f} times)"
             for batch, dense, small in self.speeds
@@ -131,7 +142,8 @@ def report(
             return sum(float(teacher.distance(model(**batch), before, batch)) for batch, before in pairs) / len(looks)
 
     scratch, products = copy.deepcopy(dense), {product.name: product for product in declared(compressed)}
-    targets = Plan.of(attached(compressed)).targets
+    planned = Plan.of(attached(compressed))
+    targets = planned.targets
     parts, seen = [], set()
     for kind in dict.fromkeys(target.kind for target in targets):
         of_kind = [target for target in targets if target.kind == kind]
@@ -148,6 +160,8 @@ def report(
         after,
         error(compressed),
         None if taught is None else error(taught),
+        OF_HIDDEN if HIDDEN in wanted[0] else OF_LOGITS,
+        [f"{skip.name} ({skip.reason.removeprefix(DENSE)})" for skip in planned.skipped if DENSE in skip.reason],
         [(rows, *_speeds(dense, final, batches, rows)) for rows in (1, 32)],
     )
 

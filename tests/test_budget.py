@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fnl_hf
 from fnl_hf.budget import energy_rank, nearest_scale, reference_rank
@@ -91,3 +92,16 @@ def test_the_reference_rule_of_linear_layers_has_no_floor():
 def test_energy_keeps_the_least_rank_that_has_its_share():
     energies = torch.tensor([4.0, 3.0, 2.0, 1.0])
     assert [energy_rank(energies, share) for share in (0.1, 0.4, 0.41, 0.7, 0.9, 0.95, 1.0)] == [1, 1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("pattern", [".*qk", ".*self_attn", ".*ov"])
+@pytest.mark.parametrize("allocation", ["uniform", "error"])
+def test_what_keeps_its_width_saves_nothing_for_others(pattern, allocation):
+    """Rotary queries and keys, whatever rank is asked for."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    before = sum(parameter.numel() for parameter in model.parameters())
+    config = fnl_hf.FNLConfig(target_ratio=0.8, rank_allocation=allocation, rank_pattern={pattern: 2})
+    fnl_hf.factorize(model, config)
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 0.8 * before

@@ -1,5 +1,6 @@
 """`fnl-hf compress` on tiny checkpoints, what its table says, and `run_distillation.py`."""
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fnl_hf
 from fnl_hf.cli import main
+from fnl_hf.compression import teach
 from fnl_hf.texts import encoded_texts
 from tests.families import BERT
 from tests.script_runs import run_script
@@ -77,10 +79,57 @@ def test_the_table_is_for_people(checkpoint, capsys):
         "ov",
         "the rest",
         "the model",
+        "errors: divergence of the distributions of the logits, in nats",
         "batch of 32",
         "next: --teach 500",
     ):
         assert part in text
+
+
+def test_what_stays_dense_is_named(checkpoint, capsys):
+    assert compress(checkpoint, "--target_ratio", "0.97")[0] == 0
+    assert "stayed dense: " in capsys.readouterr().out
+
+
+def test_interrupted_it_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fnl_hf.cli.factorize", interrupted)
+    assert compress(checkpoint)[0] == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "fnl-hf: interrupted, nothing was written"
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["dense", "texts.txt"]
+
+
+def test_what_cannot_be_done_is_refused_before_the_work(checkpoint, monkeypatch, capsys):
+    def looked(*arguments):
+        raise AssertionError("ran batches")
+
+    monkeypatch.setattr("fnl_hf.calibration.moments", looked)
+    texts = ["--calibration", str(checkpoint.parent / "texts.txt")]
+    (checkpoint.parent / "file").write_text("")
+    for out, arguments, message in (
+        (checkpoint / "small", [], f"lies in {checkpoint}, which it would be made of"),
+        (checkpoint.parent / "file" / "small", [], "cannot be made"),
+        (checkpoint.parent / "small", ["--target_ratio", "0.01"], "give a larger ratio"),
+        (checkpoint.parent / "small", ["--target_ratio", "0.01", "--rank_allocation", "uniform"], "a larger ratio"),
+    ):
+        assert main(["compress", str(checkpoint), str(out), *texts, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["dense", "file", "texts.txt"]
+
+
+def test_teaching_leaves_the_cache_on(checkpoint, capsys):
+    """Which a Trainer turns off for good."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint)
+    dense = tf.LlamaForCausalLM(
+        tf.LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer)
+        )
+    )
+    student = fnl_hf.factorize(copy.deepcopy(dense), fnl_hf.FNLConfig(target_ratio=0.8))
+    teach(student, dense, encoded_texts(checkpoint.parent / "texts.txt", tokenizer, dense), tokenizer, 2, False)
+    assert student.config.use_cache is True and dense.config.use_cache is True
 
 
 @pytest.mark.parametrize(
