@@ -167,7 +167,18 @@ def report(
 
 
 class Learner(FNLTrainer):
-    """`FNLTrainer` for a student that is to give what its teacher gives, without the noise of dropout."""
+    """`FNLTrainer` for a student that is to give what its teacher gives, without the noise of dropout.
+
+    Afterwards the student keeps keys and values if its teacher does: a Trainer turns that off in a config for good.
+    """
+
+    def train(self, *args, **kwargs):
+        """As in `FNLTrainer`."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if (caching := getattr(self._teacher.model.config, "use_cache", None)) is not None:
+                self.model.config.use_cache = caching
 
     def compute_loss(self, model, *args, **kwargs):
         """As in `FNLTrainer`, in evaluation mode."""
@@ -187,7 +198,6 @@ def teach(
     Args:
         rows: of ``texts.encoded_texts``.
     """
-    caching = getattr(student.config, "use_cache", None)
     with tempfile.TemporaryDirectory() as folder:
         arguments = FNLTrainingArguments(
             folder,
@@ -213,8 +223,6 @@ def teach(
             trainer.add_callback(_Bar())
         trainer.train()
     student.eval()
-    if caching is not None:  # which a Trainer turns off for good
-        student.config.use_cache = caching
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ Or from the dense model itself, factorized for the purpose:
     python scripts/run_distillation.py --model_name_or_path my-encoder --teacher my-encoder --factorize \\
         --target_modules all-linear --rank 0.25 --train_file texts.txt --max_steps 500 --output_dir my-encoder-taught
 
-A line of the file is a text; JSON lines and TSV may hold pairs, and files in the layout of SQuAD are known
-(.gz and .xz too). With labels of your own use `FNLTrainer(teacher=...)` and its distillation_weight.
+A line of the file is a text; JSON lines and tables (.tsv, .csv) may hold pairs, and files in the layout of SQuAD are
+known (.gz and .xz too). With labels of your own use `FNLTrainer(teacher=...)` and its distillation_weight.
 
 --output_dir receives the model with its tokenizer, and all_results.json with eval_loss, the distance from the teacher
 on --validation_file. The same command resumes a run that was stopped.
