@@ -16,10 +16,11 @@ from .loading import written_whole
 from .overview import summary
 
 WEIGHTS = r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx|gguf)|.*\.index\.json"
-LOGS = r"trainer_state\.json|run\.json|(all|train|eval|test)_results\.json|events\.out\.tfevents.*"
+LOGS = r"trainer_state\.json|run\.json|\w+_results\.json|events\.out\.tfevents.*"
+OUTPUTS = r"\w*predictions\.(txt|tsv|json)|test_translations\.tsv|null_odds\.json"  # of scripts
 CODE = r"\..*|.*\.py|__pycache__"  # never trusted; and what is hidden
 # save_pretrained writes the config, and `_card` the README.md
-NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{LOGS}|{CODE}"
+NOT_CARRIED = rf"config\.json|README\.md|{WEIGHTS}|{LOGS}|{OUTPUTS}|{CODE}"
 CARD_START, CARD_END = "<!-- fnl_hf -->", "<!-- /fnl_hf -->"
 
 

@@ -100,6 +100,8 @@ class Report:
             f"batch of {batch}: {dense:.1f} texts a second before, {small:.1f} after ({small / dense:.2f} times)"
             for batch, dense, small in self.speeds
         ]
+        if any(small < dense for _, dense, small in self.speeds):
+            lines.append("slower than before: fnl_hf.for_inference(model) gives every layer its fastest equal form")
         if self.taught is not None:
             kept = "" if self.learned() else ": worse, so what it has learned is left out"
             lines.append(f"error after learning from the dense model: {_figure(self.taught)}{kept}")

@@ -28,7 +28,8 @@ def dense(tmp_path):
     model.save_pretrained(directory)
     for name in ("tokenizer_config.json", "vocab.txt", "chat_template.jinja", "special_tokens_map.json"):
         (directory / name).write_text("{}")
-    for name in ("pytorch_model.bin", "optimizer.pt", "modeling_x.py", "model.safetensors.index.json"):
+    left = ("pytorch_model.bin", "optimizer.pt", "modeling_x.py", "run_results.json", "test_predictions.tsv")
+    for name in (*left, "generated_predictions.txt", "model.safetensors.index.json"):
         (directory / name).write_text("not to be carried along")
     (directory / "model.safetensors.index.json").unlink()
     (directory / "README.md").write_text("---\nlicense: mit\n---\n# My BERT\n")
