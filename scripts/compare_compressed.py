@@ -217,7 +217,9 @@ def table(name: str, found: dict) -> Iterator[str]:
     seeds = list(found["seeds"].values())
     coefficients = list(dict.fromkeys(key for seed in seeds for arm in seed["arms"].values() for key in arm["tuned"]))
     tuned = [f"fine-tuned, λ = {key}" for key in coefficients]
-    for metric in METRICS[name]:
+    for number, metric in enumerate(METRICS[name]):
+        if number:
+            yield ""
         yield f"| {metric.replace('_', ' ')} | parameters | as compressed | {' | '.join(tuned)} |"
         yield f"| {' | '.join(['---'] * (3 + len(tuned)))} |"
         for arm in ARMS:
