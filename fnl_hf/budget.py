@@ -12,7 +12,7 @@ from .calibration import Calibration
 from .config import FNLConfig
 from .factorization import Factorization
 from .initialization import Sides, energies, refuse_non_finite
-from .messages import progress, say
+from .messages import progress
 from .plan import Skip, Target
 from .proof import Evidence
 
@@ -204,10 +204,9 @@ def _within(budget: float, config: FNLConfig, shares: Sequence[Share]) -> list[i
     if config.rank_allocation == "uniform":
         ranks_at = _by_fraction
     elif config.rank_allocation == "error":
-        weights = [1 / float(share.energies.sum().clamp_min(1e-300)) for share in progress(shares, BAR)]
-        ranks_at = _by_worth(shares, _weighted(shares, weights, config))
+        ranks_at = _by_worth(shares, [1 / share.energies.sum().clamp_min(1e-300) for share in progress(shares, BAR)])
     else:
-        ranks_at = _by_worth(shares, _weighted(shares, _losses_per_energy(shares), config))
+        ranks_at = _by_worth(shares, _losses_per_energy(shares))
 
     def size(level: float) -> int:
         return sum(share.size(rank) for share, rank in zip(shares, ranks_at(shares, level), strict=True))
@@ -239,15 +238,6 @@ def _by_worth(shares: Sequence[Share], weights: Sequence[float]) -> Callable[[Se
         return [max(floor, int((w > threshold).sum())) for w, floor in zip(worth, floors, strict=True)]
 
     return ranks_at
-
-
-def _weighted(shares: Sequence[Share], weights: Sequence[float], config: FNLConfig) -> list[float]:
-    """Weights of energies, those of the kinds in ``rank_weights`` so many times; of tied kinds the largest counts."""
-    kinds = sorted({target.kind for share in shares for target in share.targets})
-    if unknown := [kind for kind in config.rank_weights if kind not in kinds]:
-        say(f"fnl_hf: rank_weights has {unknown[0]!r}, and what shares ranks is of the kinds {', '.join(kinds)}")
-    times = [max(config.rank_weights.get(target.kind, 1.0) for target in share.targets) for share in shares]
-    return [each * weight for each, weight in zip(times, weights, strict=True)]
 
 
 def _losses_per_energy(shares: Sequence[Share]) -> list[float]:

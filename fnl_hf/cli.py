@@ -131,7 +131,7 @@ def _words_for(options: argparse.Namespace, batches: list[dict]) -> str:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    from .compression import report, teach, weights_for_learning  # which takes the trainers along
+    from .compression import report, teach  # which takes the trainers along
 
     config = FNLConfig(
         target_modules="all",
@@ -153,7 +153,6 @@ def _compress(options: argparse.Namespace) -> None:
     transformers.logging.enable_progress_bar()  # of what takes long; `main` puts it back
     batches = text_batches(options.calibration, tokenizer, dense, options.calibration_samples)
     config.calibrated_on = _words_for(options, batches)
-    config.rank_weights = weights_for_learning(dense) if options.teach else {}
     model = factorize(copy.deepcopy(dense), config, calibration=batches)
     taught = None
     if options.teach:

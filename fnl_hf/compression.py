@@ -23,7 +23,6 @@ from .training_arguments import FNLTrainingArguments
 
 LOOKS, ROWS = 4, 8  # batches that errors are measured on, and texts of each
 TAUGHT_BATCH, TAUGHT_RATE, WARMUP = 32, 3e-4, 20
-OF_TABLES = 2.0  # how many times what an embedding loses counts, if layers are going to learn
 ROUNDS = 5  # of timing
 SHOWN = 3  # names of what stayed dense
 DENSE = "dense: "
@@ -167,13 +166,6 @@ def report(
         [f"{skip.name} ({skip.reason.removeprefix(DENSE)})" for skip in planned.skipped if DENSE in skip.reason],
         [(rows, *_speeds(dense, final, batches, rows)) for rows in (1, 32)],
     )
-
-
-def weights_for_learning(dense: nn.Module) -> dict[str, float]:
-    """``rank_weights`` of a model that will learn from the dense one: layers win back more of what they lose than
-    embeddings, of which texts reach few rows. Where those are the output too, texts reach all of them."""
-    outputs = getattr(dense, "get_output_embeddings", lambda: None)()
-    return {"embedding": OF_TABLES} if outputs is None else {}
 
 
 class Learner(FNLTrainer):

@@ -71,8 +71,6 @@ class FNLConfig(QuantizationConfigMixin):
             singular values (of what the weights make of the data of a calibration, if there is one), each relative to
             the energy of its layer, per parameter that they cost. "loss": those that cost the model most, by the
             curvature of its loss: see `calibration_outputs`.
-        rank_weights: How many times what is lost of a kind counts where "error" or "loss" shares ranks, as in
-            `{"embedding": 2.0}`; once if not given.
         form: Of layers: "matrix", U V^T, or "deep", U M V^T with a square M that starts as the identity.
         init: "spectral": balanced factors of each product (the best ones of lower rank). "activation": the best ones
             on the data of `factorize(..., calibration=...)`, for trained models. "functional", for new models: of
@@ -109,7 +107,6 @@ class FNLConfig(QuantizationConfigMixin):
     rank_pattern: Mapping[str, float | int] | Iterable[tuple[str, float | int]] = field(default_factory=dict)
     target_ratio: float | None = None
     rank_allocation: str = "uniform"
-    rank_weights: dict[str, float] = field(default_factory=dict)
     form: str = "matrix"
     init: str = "spectral"
     calibration_inputs: str = "dense"
@@ -125,7 +122,6 @@ class FNLConfig(QuantizationConfigMixin):
         _check_choice("init", self.init, INITIALIZATIONS)
         _check_choice("form", self.form, FORMS, NOT_BUILT_FORMS)
         _check_choice("rank_allocation", self.rank_allocation, ALLOCATIONS)
-        _check_rank_weights(self.rank_weights)
         _check_choice("head_layout", self.head_layout, ("padded", "compact"))
         _check_head_rank("head_rank", self.head_rank)
         self.target_modules = _target_modules(self.target_modules)
@@ -344,14 +340,6 @@ def _rank_pattern(given: Any) -> dict[str, float | int]:
             raise ValueError(f"rank_pattern has {pattern!r} twice, and only the first would count")
         patterns[pattern] = rank
     return patterns
-
-
-def _check_rank_weights(given: Any) -> None:
-    if not isinstance(given, dict) or not all(isinstance(kind, str) for kind in given):
-        raise TypeError(f"rank_weights is {given!r}, expected a dict of kind -> number")
-    for kind, weight in given.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise ValueError(f"rank_weights[{kind!r}] is {weight!r}, expected a number above 0")
 
 
 def _exclude_modules(given: Any) -> None | str | list[str]:

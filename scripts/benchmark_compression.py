@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 import fnl_hf
 from fnl_hf.algebra.weighted import of_weight
-from fnl_hf.compression import teach, weights_for_learning
+from fnl_hf.compression import teach
 from fnl_hf.distillation import Teacher
 from fnl_hf.tasks.running import InputError, run_main, write_json
 from fnl_hf.tasks.similarity import read_scored_pairs, similarity
@@ -261,8 +261,7 @@ def compressed(task: Task, method: str, ratio: float, collected: Collected) -> n
     """A copy of the model of a task, made smaller."""
     fields = METHODS[method][1]
     data = task.batches if fields.get("init") == "activation" else None
-    weights = weights_for_learning(task.model) if method == TAUGHT else {}
-    config = fnl_hf.FNLConfig(target_ratio=ratio, rank_weights=weights, **fields)
+    config = fnl_hf.FNLConfig(target_ratio=ratio, **fields)
     with collected.in_place():
         small = fnl_hf.factorize(copy.deepcopy(task.model), config, calibration=data)
     if method == FISHER:

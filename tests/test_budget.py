@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fnl_hf
 from fnl_hf.budget import energy_rank, nearest_scale, reference_rank
 from fnl_hf.layers import find_layers
-from tests.families import build
 
 # parameters, [(target ratio, scale, ratio and parameters where known)], as the released code reaches them
 PUBLISHED = {
@@ -106,22 +105,3 @@ def test_what_keeps_its_width_saves_nothing_for_others(pattern, allocation):
     config = fnl_hf.FNLConfig(target_ratio=0.8, rank_allocation=allocation, rank_pattern={pattern: 2})
     fnl_hf.factorize(model, config)
     assert sum(parameter.numel() for parameter in model.parameters()) <= 0.8 * before
-
-
-@pytest.mark.parametrize("allocation", ["error", "loss"])
-def test_weights_of_kinds_move_ranks(allocation, capsys):
-    """A kind that counts more gets more of the same budget."""
-    ranks = []
-    for weights in ({}, {"qk": 8.0}, {"qks": 8.0}):
-        model, inputs = build("bert")
-        config = fnl_hf.FNLConfig(target_ratio=0.6, init="activation", rank_allocation=allocation, rank_weights=weights)
-        before = sum(parameter.numel() for parameter in model.parameters())
-        fnl_hf.factorize(model, config, calibration=[inputs])
-        assert sum(parameter.numel() for parameter in model.parameters()) <= 0.6 * before
-        ranks.append(sum(product.size()[1] for product in fnl_hf.factorizations(model) if product.kind == "qk"))
-    assert ranks[0] == ranks[2] < ranks[1]
-    assert "rank_weights has 'qks', and what shares ranks is of the kinds" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"rank_weights\['qk'\] is 0, expected a number above 0"):
-        fnl_hf.FNLConfig(rank_weights={"qk": 0})
-    with pytest.raises(TypeError, match="expected a dict of kind -> number"):
-        fnl_hf.FNLConfig(rank_weights=[2.0])
