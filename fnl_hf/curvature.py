@@ -55,8 +55,8 @@ def curvatures(
     Returns:
         Name of a target -> G, (*batch, width, width), of its rows (of queries for queries and keys), float64, drawn to
         a multiple of the identity where positions are few; its diagonal (1, width) where an output is wider than
-        `WIDE`, as over a vocabulary, or its weight is a table too; None where no output is known, or nothing depends on
-        it.
+        `WIDE`, as over a vocabulary, or its weight is a table too; None where no output is known, or no batch reaches
+        it, and of all if the model's outputs depend on none.
     """
     moments = {target.name: _Curvature(output) for target in targets if (output := target.output()) is not None}
     teacher, generator = Teacher(model), torch.Generator().manual_seed(0)
@@ -75,7 +75,9 @@ def curvatures(
                     with torch.no_grad():
                         moment.add(module, gradient, masks)
     means = {name: moment.mean(True)[0] for name, moment in moments.items()}
-    found = {name: mean for name, mean in means.items() if mean is not None and bool(mean.any())}
+    found = {name: mean for name, mean in means.items() if mean is not None}
+    if not any(bool(mean.any()) for mean in found.values()):  # such as under a new head of zeros
+        found = {}
     if found and teacher.numbers < min(mean.shape[-1] for mean in found.values()):
         found = {name: _evened(mean) for name, mean in found.items()}
     return {target.name: found.get(target.name) for target in targets}

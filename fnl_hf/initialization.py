@@ -49,6 +49,7 @@ def activation(
     """
     if not looks_at(form, factors, sides) or rank >= form.size(factors)[1]:
         return spectral(form, factors, rank)
+    outputs = [curvature for curvature in outputs if bool(curvature.any())]  # of zeros, no factors would be best
     if len(factors) == 1:
         columns, rows, metric = _weighing(factors[0], sides, outputs)
         pair = of_weight(factors[0], rank, columns, rows, crosses and crosses[0], metric)

@@ -39,7 +39,7 @@ def test_a_task_knows_public_names_and_what_tasks_share(wing):
     allowed = {"fnl_hf", *(f"fnl_hf.{name}" for name in fnl_hf.__all__)}
     for path in (PACKAGE / "tasks" / wing).glob("*.py"):
         for name in (name for name in imported(path) if name.startswith("fnl_hf")):
-            shared = ("fnl_hf.tasks.running", f"fnl_hf.tasks.{wing}")
+            shared = ("fnl_hf.texts", "fnl_hf.tasks.running", f"fnl_hf.tasks.{wing}")
             assert name in allowed or name.startswith(shared), f"{path}: {name}"
 
 
