@@ -7,8 +7,10 @@
         --plot scripts/results/compression_sentences_cpu.png
 
     # the same on texts as long as those that it will see: sentences, not paragraphs
-    xz -dc wikitext-2/train.txt.xz | grep -v '^ *=' | sed 's/ \\. / .\\n/g' \\
-        | awk 'length > 20 && length < 400' > one.txt
+    (xz -dc wikitext-2/train.txt.xz | grep -v '^ *=' | sed 's/ \\. / .\\n/g'
+     python -c "import json; print(*(paragraph['context'] for article in json.load(open('train-v1.1.json'))['data']
+        for paragraph in article['paragraphs']), sep='\\n')" | sed 's/\\([.!?]\\) /\\1\\n/g') \\
+        | awk 'length > 20 && length < 130' > one.txt
     python scripts/benchmark_compression.py --task sentences --model $MODEL --calibration one.txt --samples 1500 \\
         --test stsb/dev.csv.gz --methods loss taught --json scripts/results/compression_taught_cpu.json
 
