@@ -72,10 +72,7 @@ def with_ranks(
     if config.target_ratio is None and config.energy is None:
         return list(targets), []
     shares = _shares(model, config, targets, evidence)
-    shared = {target.name for share in shares for target in share.targets}
-    fixed = [target for target in targets if target.name not in shared and _can_shrink(model, target, evidence)]
-    saved = _saved(model, fixed)
-    budget = None if config.target_ratio is None else _budget(model, config, shares, saved)
+    budget = None if config.target_ratio is None else _budget(model, config, targets, shares, evidence)
     if calibration is not None:
         sides = calibration.of(targets)
         outputs = calibration.curvatures(targets) if config.outputs_by_loss() else {}
@@ -152,7 +149,7 @@ def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evid
         key = product.weights
         if config.is_fixed((target.name, target.name.rpartition(".")[0])[: 1 if product.lone else 2]):
             fixed.add(key)  # and whatever is tied to it
-        if product.lone or (config.target_ratio is not None and _can_shrink(model, target, evidence)):
+        if product.lone or (config.target_ratio is not None and target.is_reducible(model, evidence)):
             groups.setdefault(key, []).append(target)
     shares = []
     for group in (group for key, group in groups.items() if key not in fixed):
@@ -162,11 +159,6 @@ def _shares(model: nn.Module, config: FNLConfig, targets: Sequence[Target], evid
         cost = cache(partial(group[0].cost, model))  # a bisection asks for few ranks many times
         shares.append(Share(tuple(group), product, cost, dense, product.full_rank or product.size()[1], product.lone))
     return shares
-
-
-def _can_shrink(model: nn.Module, target: Target, evidence: Evidence) -> bool:
-    """Whether a lower rank saves parameters: heads that cannot be narrowed keep their width, whatever is asked for."""
-    return target.found(model).lone or target.is_reducible(model, evidence)
 
 
 def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
@@ -179,14 +171,20 @@ def _saved(model: nn.Module, targets: Sequence[Target]) -> int:
     return sum(sizes.values())
 
 
-def _budget(model: nn.Module, config: FNLConfig, shares: Sequence[Share], saved: int) -> float:
-    """Parameters for what shares a ratio, of which targets of given ranks have saved some.
+def _budget(
+    model: nn.Module, config: FNLConfig, targets: Sequence[Target], shares: Sequence[Share], evidence: Evidence
+) -> float:
+    """Parameters for what shares a ratio, beside what targets of given ranks save.
+
+    Heads that cannot be narrowed keep their width and save nothing, whatever rank they are given.
 
     Raises:
         ValueError: The least ranks take more.
     """
+    shared = {target.name for share in shares for target in share.targets}
+    fixed = [target for target in targets if target.name not in shared and target.is_reducible(model, evidence)]
     total = sum(parameter.numel() for parameter in model.parameters())
-    rest = total - sum(share.dense for share in shares) - saved
+    rest = total - sum(share.dense for share in shares) - _saved(model, fixed)
     budget = config.target_ratio * total - rest
     ranks = _by_fraction(shares, 0.0) if config.rank_allocation == "uniform" else map(_least, shares)
     least = sum(share.size(rank) for share, rank in zip(shares, ranks, strict=True))

@@ -32,6 +32,8 @@ from .patching import factorize, to_dense
 from .ranks import fix_ranks
 from .texts import encoded_texts, text_batches
 
+TEXTS = """texts as the model will see them: one in each line (.txt), JSON lines (.json), tables (.tsv, .csv; GLUE's
+columns are known, and numbers are no texts), or in the layout of SQuAD (.json); unpacks .gz and .xz"""
 EXAMPLES = """examples:
   fnl-hf factorize my-bert my-bert-half --head_rank 0.5
   fnl-hf factorize my-bert my-bert-small --target_ratio 0.5
@@ -275,8 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument(
         "--calibration", type=Path, metavar="FILE",
-        help="""for --init activation or functional: texts as the model will see them, one in each line (.txt), JSON
-        lines (.json) or between tabs (.tsv); unpacks .gz and .xz""",
+        help=f"for --init activation or functional: {TEXTS}",
     )  # fmt: skip
     command.add_argument(
         "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"
@@ -310,8 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument(
         "--calibration", type=Path, required=True, metavar="FILE",
-        help="""texts as the model will see them: one in each line (.txt), JSON lines (.json), tables (.tsv, .csv;
-        GLUE's columns are known, and numbers are no texts), or in the layout of SQuAD (.json); unpacks .gz, .xz""",
+        help=TEXTS,
     )  # fmt: skip
     command.add_argument(
         "--calibration_samples", type=int, default=512, metavar="N", help="lines of it, drawn at random (default: 512)"
